@@ -63,7 +63,9 @@ class Procs:
         """
         if self.n_procs == 1:
             return np.concatenate([*rows.values(), np.empty((0, width), np.int64)])
-        sent = [np.ascontiguousarray(rows.get(p, np.empty((0, width), np.int64))) for p in range(self.n_procs)]
+        sent = [
+            np.ascontiguousarray(rows.get(p, np.empty((0, width), np.int64))) for p in range(self.n_procs)
+        ]
         counts = self.gather([len(part) for part in sent])
         arriving = [torch.empty(counts[p][self.proc], width, dtype=torch.int64) for p in range(self.n_procs)]
         flat = torch.empty(sum(len(part) for part in arriving) * width, dtype=torch.int64)

@@ -1,0 +1,56 @@
+"""AdamW in the Hugging Face form, which GaLore and its descendants use.
+
+Source: Loshchilov & Hutter, arXiv 1711.05101, with eps added to the root of the second moment
+*before* its bias correction, and weight decay last, on the updated weight, with the plain rate:
+
+    m ← β1 m + (1 − β1) g          v ← β2 v + (1 − β2) g²
+    w ← w − η_t m / (√v + ε)       η_t = lr √(1 − β2^t) / (1 − β1^t)
+    w ← w − lr λ w
+
+torch.optim.AdamW adds eps to the corrected root instead: with the same eps the two differ.
+Everything is element-wise: any distribution over processes will do.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Group = Mapping[str, Any]
+
+
+def adam_direction(
+    g: list[Tensor], exp_avg: list[Tensor], exp_avg_sq: list[Tensor], hp: Group
+) -> list[Tensor]:
+    """Update the moments with the gradients and return m / (√v + ε), each shaped as its gradient."""
+    beta1, beta2 = hp["betas"]
+    torch._foreach_mul_(exp_avg, beta1)
+    torch._foreach_add_(exp_avg, g, alpha=1 - beta1)
+    torch._foreach_mul_(exp_avg_sq, beta2)
+    torch._foreach_addcmul_(exp_avg_sq, g, g, 1 - beta2)
+    root = torch._foreach_sqrt(exp_avg_sq)
+    torch._foreach_add_(root, hp["eps"])
+    return list(torch._foreach_div(exp_avg, root))
+
+
+def step_sizes(steps: Sequence[int], hp: Group) -> list[float]:
+    """Return η_t for each parameter, from its count of updates, this one included."""
+    beta1, beta2 = hp["betas"]
+    if not hp["correct_bias"]:
+        return [hp["lr"]] * len(steps)
+    return [hp["lr"] * math.sqrt(1 - beta2**t) / (1 - beta1**t) for t in steps]
+
+
+def adamw(w: list[Tensor], g: list[Tensor], state: Sequence[Mapping[str, Tensor]], hp: Group) -> None:
+    """Update the tensors `w` in place with their gradients `g`; `state` holds step, exp_avg, exp_avg_sq."""
+    for s in state:
+        s["step"].add_(1)
+    N = adam_direction(g, [s["exp_avg"] for s in state], [s["exp_avg_sq"] for s in state], hp)
+    torch._foreach_mul_(N, [-eta for eta in step_sizes([int(s["step"]) for s in state], hp)])
+    torch._foreach_add_(w, N)
+    if hp["weight_decay"]:
+        torch._foreach_mul_(w, 1 - hp["lr"] * hp["weight_decay"])
