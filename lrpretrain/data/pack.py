@@ -1,0 +1,45 @@
+"""How ids become rows, and what a row means to the loss and to the attention."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+Ids = npt.NDArray[np.int64]
+
+IGNORED = -100  # the label that torch's cross-entropy leaves out
+
+
+def pad(ids: Ids, seq_len: int, pad_id: int) -> Ids:
+    """Cut a document's ids to a row (seq_len,) that keeps the last one, eos, or fill it up with pad."""
+    row = np.full(seq_len, pad_id, np.int64)
+    kept = min(len(ids), seq_len)
+    row[:kept] = ids[:kept]
+    if kept:
+        row[kept - 1] = ids[-1]
+    return row
+
+
+def cut(stream: Ids, seq_len: int) -> Iterator[tuple[Ids, Ids]]:
+    """Yield full rows (seq_len,) from the front of a stream, each with what is left of it then."""
+    for end in range(seq_len, len(stream) + 1, seq_len):
+        yield stream[end - seq_len : end], stream[end:]
+
+
+def labels(ids: torch.Tensor, pad_id: int) -> torch.Tensor:
+    """Return the ids (b, L) as labels: the loss leaves out pad, and only pad."""
+    return ids.masked_fill(ids == pad_id, IGNORED)
+
+
+def document_mask(ids: torch.Tensor, eos_id: int) -> torch.Tensor:
+    """Return who may attend to whom, bool (b, 1, L, L): earlier positions of the same document.
+
+    An eos belongs to the document that it ends.
+    """
+    ends = (ids == eos_id).long()
+    document = ends.cumsum(-1) - ends  # (b, L): how many documents ended before
+    same = document[:, None, :, None] == document[:, None, None, :]
+    return same.tril()
