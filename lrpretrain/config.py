@@ -1,20 +1,29 @@
 """The configuration of a run: dataclasses, how they are read, and what is checked before anything starts.
 
 Precedence: defaults < file < command line. Everything that is wrong is reported at once.
-The dataclasses import nothing; jsonargparse is an implementation detail of this file.
+jsonargparse, which knows the types, is an implementation detail of this file.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Literal
+import difflib
+import logging
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from lrpretrain.errors import ConfigError, Problem
 
 
 @dataclass
 class ModelConfig:
     """Which network."""
 
-    config: str = "llama_toy"
+    config: str = "llama_60m"
     """A shipped model config (llama_60m) or the path of a Hugging Face config.json."""
 
 
@@ -83,9 +92,9 @@ class OptimConfig:
     """GaLore: steps between two refreshes of the basis (the authors' update_proj_gap)."""
     side: Literal["std", "reverse_std", "left", "right", "full"] = "std"
     """GaLore: which side is projected; std is the shorter one."""
-    subspace: Literal["svd", "gram", "warm"] = "warm"
-    """How the basis is found: svd (exact, gathers the matrix), gram (eigenvectors of the smaller Gram
-    matrix), warm (one subspace iteration from the previous basis)."""
+    subspace: Literal["svd", "warm"] = "warm"
+    """How the basis is found: svd (exact, gathers the gradient) or warm (one subspace iteration from the
+    previous basis)."""
     targets: list[str] = field(default_factory=lambda: ["*.self_attn.*_proj", "*.mlp.*_proj"])
     """Names of the linear layers that the rule applies to, with * as wildcard."""
 
@@ -173,3 +182,272 @@ class Config:
     engine: EngineConfig = field(default_factory=EngineConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     run: RunConfig = field(default_factory=RunConfig)
+
+
+_SHIPPED = {"model_configs": ("model_configs", ".json"), "recipes": ("launch/recipes", ".yaml")}
+
+
+def find_shipped(kind: str, name: str) -> Path | None:
+    """Return the path of a file: `name` itself if it is one, else the shipped one of that name, else None.
+
+    `kind` is model_configs or recipes. They lie in the wheel, or in the checkout of an editable install.
+    """
+    if Path(name).is_file():
+        return Path(name)
+    folder, suffix = _SHIPPED[kind]
+    here = Path(__file__).parent
+    for root in (here / "shipped" / kind, here.parent / folder):
+        path = root / (name if name.endswith(suffix) else name + suffix)
+        if path.is_file():
+            return path
+    return None
+
+
+def shipped_names(kind: str) -> list[str]:
+    """Return the names of the shipped model_configs or recipes."""
+    folder, suffix = _SHIPPED[kind]
+    here = Path(__file__).parent
+    return sorted(
+        {p.stem for root in (here / "shipped" / kind, here.parent / folder) for p in root.glob(f"*{suffix}")}
+    )
+
+
+def parse(argv: Sequence[str], prog: str = "lrpretrain.pretrain") -> tuple[Config, list[Problem | str]]:
+    """Read a configuration from a command line, and return it with everything that is wrong with it.
+
+    Items that cannot be read keep their default, so that the rest can be checked as well. `--help` and
+    `--print_config` print and exit.
+    """
+    parser = _parser(prog)
+    argv = [a for a in argv if not a.startswith(("--local_rank=", "--local-rank="))]  # deepspeed adds it
+    if any(a in ("-h", "--help") for a in argv):
+        parser.parse_args(["--help"])
+    problems: list[Problem | str] = []
+    values: dict[str, dict[str, Any]] = {}
+    known = {f"{s.name}.{f.name}" for s in fields(Config) for f in fields(s.default_factory)}  # type: ignore[arg-type]
+    for key, value, origin in _items(argv, problems):
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            remedy = f"Perhaps {near[0]} is meant" if near else "`--help` lists the fields"
+            problems.append(Problem(key, value, f"unknown key in {origin}", remedy))
+            continue
+        section, name = key.split(".")
+        try:
+            if origin == "the command line":
+                read = parser.parse_args([f"--{key}={value}"])
+            else:
+                read = parser.parse_object({section: {name: value}})
+        except Exception as error:  # jsonargparse raises many kinds
+            problems.append(Problem(key, value, f"{_reason(error)} ({origin})", "Give a value of that type"))
+        else:
+            values.setdefault(section, {})[name] = read[key]
+    config = parser.instantiate(parser.parse_object(values))
+    config = Config(**{s.name: config[s.name] for s in fields(Config)})
+    if any(a.startswith("--print_config") for a in argv):
+        if problems:
+            raise ConfigError(problems)
+        print(to_yaml(config))
+        raise SystemExit(0)
+    return config, problems
+
+
+def _reason(error: Exception) -> str:
+    """Return jsonargparse's last word without the value and Python's way of writing types."""
+    text = str(error).splitlines()[-1].split(" Got value")[0].strip().rstrip(".")
+    return re.sub(r"<class '(\w+)'>|typing\.", lambda m: m[1] or "", text).replace("Expected a", "expected a")
+
+
+def to_yaml(config: Config) -> str:
+    """Return the configuration as a commented YAML file that `--config` accepts."""
+    parser = _parser("lrpretrain.pretrain")
+    values = {s.name: dict(vars(getattr(config, s.name))) for s in fields(Config)}
+    text: str = parser.dump(parser.parse_object(values), skip_none=False, yaml_comments=True)
+    return text
+
+
+def check(config: Config, n_procs: int) -> list[Problem | str]:
+    """Return what cannot work in a configuration by itself, without a look at models or data."""
+    data, optim, train, engine, precision = (
+        config.data,
+        config.optim,
+        config.train,
+        config.engine,
+        config.precision,
+    )
+    found: list[Problem | str] = []
+
+    def refuse(wrong: bool, key: str, reason: str, remedy: str) -> None:
+        if wrong:
+            section, name = key.split(".")
+            found.append(Problem(key, getattr(getattr(config, section), name), reason, remedy))
+
+    whole = "data.seq_len data.lanes data.prefetch data.workers optim.rank optim.refresh_every train.steps"
+    for key in [
+        *whole.split(),
+        *"train.micro_batch train.global_batch train.log_every train.eval_tokens".split(),
+    ]:
+        section, name = key.split(".")
+        refuse(getattr(getattr(config, section), name) < 1, key, "must be at least 1", "Raise it")
+    for key in "train.eval_every train.save_every train.keep_checkpoints train.warmup_steps".split():
+        refuse(getattr(train, key.split(".")[1]) < 0, key, "must not be negative", "0 turns it off")
+    for key, rank in (("optim.attn_rank", optim.attn_rank), ("optim.mlp_rank", optim.mlp_rank)):
+        refuse(rank is not None and rank < 1, key, "must be at least 1", "Raise it, or leave it out")
+    for key, number in (
+        ("optim.lr", optim.lr),
+        ("optim.lr_regular", optim.lr_regular),
+        ("optim.eps", optim.eps),
+    ):
+        refuse(number is not None and not number > 0, key, "must be above 0", "Raise it")
+    refuse(not all(0 <= b < 1 for b in optim.betas), "optim.betas", "must lie in [0, 1)", "Use 0.9,0.999")
+    refuse(optim.weight_decay < 0, "optim.weight_decay", "must not be negative", "0 turns it off")
+    refuse(
+        train.clip_norm is not None and not train.clip_norm > 0,
+        "train.clip_norm",
+        "must be above 0",
+        "Leave it out",
+    )
+    refuse(not 0 <= train.min_lr_ratio <= 1, "train.min_lr_ratio", "must lie in [0, 1]", "Use 0.1")
+    refuse(data.epochs is not None and data.epochs < 1, "data.epochs", "must be at least 1", "Leave it out")
+    refuse(data.seq_len == 1, "data.seq_len", "a row of one token has nothing to predict", "Raise it")
+
+    refuse(
+        train.warmup_steps >= train.steps,
+        "train.warmup_steps",
+        f"is not below train.steps={train.steps}",
+        "Lower it",
+    )
+    decay = train.decay_steps
+    if train.schedule == "wsd" and decay is not None:
+        room = train.steps - train.warmup_steps
+        refuse(
+            not 0 < decay <= room,
+            "train.decay_steps",
+            f"does not fit into {room} steps after the warm-up",
+            "Lower it",
+        )
+    if train.schedule == "cosine_restart":
+        refuse(
+            (train.restart_every or 0) < 1,
+            "train.restart_every",
+            "cosine_restart needs it",
+            "Give a number of steps",
+        )
+
+    slots = max(train.micro_batch, 1) * n_procs
+    refuse(
+        train.global_batch % slots != 0,
+        "train.global_batch",
+        f"is not a multiple of {n_procs} processes × train.micro_batch={train.micro_batch}",
+        f"Use {max(train.global_batch // slots, 1) * slots}, or another train.micro_batch",
+    )
+    refuse(
+        engine.kind == "local" and n_procs > 1,
+        "engine.kind",
+        f"local runs in one process, and {n_procs} were started",
+        "Use fsdp or ddp",
+    )
+    refuse(
+        engine.accumulate_unsharded and engine.kind != "fsdp",
+        "engine.accumulate_unsharded",
+        f"engine.kind={engine.kind} keeps whole gradients anyway",
+        "Leave it out",
+    )
+    refuse(
+        precision.compute != precision.params and (engine.kind != "fsdp" or precision.params == "bfloat16"),
+        "precision.compute",
+        f"{precision.compute} over precision.params={precision.params} is not supported by engine.kind={engine.kind}",
+        "Use bfloat16 over float32 with engine.kind=fsdp (one process will do), or the same for both",
+    )
+    refuse(
+        data.document_mask and data.sequences == "pad",
+        "data.document_mask",
+        "rows of pad hold one document",
+        "Use data.sequences=pack",
+    )
+    needs_path = data.source in ("files", "tokens") and not data.path
+    refuse(
+        needs_path,
+        "data.path",
+        f"data.source={data.source} needs it",
+        "Name the folder (or glob) of the shards",
+    )
+    refuse(
+        data.source == "sample" and data.path is not None,
+        "data.path",
+        "the embedded corpus has no path",
+        "Use data.source=files",
+    )
+    refuse(
+        data.source in ("files", "hub") and not data.tokenizer,
+        "data.tokenizer",
+        "text needs a tokenizer",
+        "Name a .model file (`lrpretrain tokenizer train` makes one) or one of the hub (t5-base)",
+    )
+    return found
+
+
+def _parser(prog: str) -> Any:
+    import jsonargparse
+
+    logging.getLogger("jsonargparse").setLevel(logging.ERROR)
+    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = jsonargparse.ArgumentParser(prog=prog, exit_on_error=False, default_env=False)
+    parser.add_argument("--config", action="config", help="A recipe's name or a YAML file of these fields.")
+    for section in fields(Config):
+        parser.add_class_arguments(section.default_factory, section.name)
+    return parser
+
+
+def _items(argv: Sequence[str], problems: list[Problem | str]) -> Iterator[tuple[str, Any, str]]:
+    """Yield (key, value, origin) of every setting: first of the files, then of the command line."""
+    settings: list[tuple[str, str]] = []
+    arguments = iter(argv)
+    for argument in arguments:
+        if argument.startswith("--print_config"):
+            continue
+        if not argument.startswith("--"):
+            problems.append(f"{argument!r} is not an option. Options are --section.field VALUE")
+            continue
+        key, equals, value = argument[2:].partition("=")
+        following = value if equals else next(arguments, None)
+        if following is None:
+            problems.append(Problem(key, None, "has no value", f"Write --{key} VALUE"))
+        elif key != "local_rank":
+            settings.append((key, following))
+    for key, value in settings:
+        if key == "config":
+            yield from _file_items(value, problems)
+    for key, value in settings:
+        if key != "config":
+            yield key, value, "the command line"
+
+
+def _file_items(name: str, problems: list[Problem | str]) -> Iterator[tuple[str, Any, str]]:
+    path = find_shipped("recipes", name)
+    if path is None:
+        remedy = f"Give a YAML file or one of {', '.join(shipped_names('recipes'))}"
+        problems.append(Problem("config", name, "is neither a file nor a recipe", remedy))
+        return
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        problems.append(Problem("config", name, f"cannot be read: {error}", "Mend the file"))
+        return
+    if not isinstance(tree or {}, dict):
+        problems.append(
+            Problem("config", name, "is not a mapping of sections", "Write `section:` and fields below it")
+        )
+        return
+    for section, entries in (tree or {}).items():
+        if not isinstance(entries, dict):
+            problems.append(
+                Problem(
+                    str(section),
+                    entries,
+                    f"is not a section of fields in {path}",
+                    "Indent the fields below it",
+                )
+            )
+            continue
+        for key, value in entries.items():
+            yield f"{section}.{key}", value, str(path)

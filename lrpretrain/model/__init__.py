@@ -1,0 +1,1 @@
+"""The network: its shape, its initial weights and its loss."""

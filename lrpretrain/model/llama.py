@@ -1,0 +1,84 @@
+"""LLaMA from Hugging Face transformers: built without memory, filled piece by piece.
+
+A model is built on the meta device, laid out by an engine, and only then given memory and values,
+each process for its own tiles. An initial value depends on the seed, the parameter's name and the
+block of 128 rows that it lies in, never on the layout.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from lrpretrain.config import ModelConfig, find_shipped, shipped_names
+from lrpretrain.errors import ConfigError, Problem
+from lrpretrain.sharding import Holding, Tile
+
+BLOCK_ROWS = 128
+
+
+def load_config(model: ModelConfig) -> LlamaConfig:
+    """Return the transformers config of a shipped model or a config.json. Raises ConfigError."""
+    path = find_shipped("model_configs", model.config)
+    if path is None:
+        remedy = f"Give a Hugging Face config.json or one of {', '.join(shipped_names('model_configs'))}"
+        raise ConfigError([Problem("model.config", model.config, "is neither a file nor a shipped model", remedy)])
+    try:
+        values = json.loads(path.read_text())
+        kind = values.get("model_type")
+    except (OSError, ValueError, AttributeError) as error:
+        problem = Problem("model.config", model.config, f"cannot be read: {error}", "Mend the file")
+        raise ConfigError([problem]) from error
+    if kind != "llama":
+        remedy = 'Use a config whose "model_type" is "llama"'
+        raise ConfigError([Problem("model.config", model.config, f"is a model of type {kind!r}", remedy)])
+    return LlamaConfig(**values)
+
+
+def build(config: LlamaConfig, dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
+    """Return the model on the meta device: names and shapes, no memory. Attention is SDPA."""
+    with torch.device("meta"):
+        model = LlamaForCausalLM._from_config(config, attn_implementation="sdpa")
+    model.config.use_cache = False  # training never reads the keys and values again
+    return model.to(dtype)
+
+
+def materialize(model: LlamaForCausalLM, device: torch.device) -> None:
+    """Give a model from the meta device memory; its parameters hold garbage until `initialize`."""
+    model.to_empty(device=device)
+    # Not in the state dict, and garbage now.
+    model.model.rotary_emb = LlamaRotaryEmbedding(config=model.config, device=device)
+
+
+@torch.no_grad()
+def initialize(model: nn.Module, holdings: Iterable[Holding], seed: int) -> None:
+    """Fill this process's tiles: normal(0, initializer_range) for matrices, 1 for norms."""
+    std = model.config.initializer_range
+    for holding in holdings:
+        if len(holding.shape) == 1:
+            holding.weight.fill_(1)
+        else:
+            holding.weight.copy_(initial_tile(holding.name, holding.shape, holding.tile, seed).mul_(std))
+
+
+def initial_tile(name: str, shape: tuple[int, ...], tile: Tile, seed: int) -> Tensor:
+    """Return the tile (rows, columns) of the parameter's standard normal draw, in float32 on the CPU."""
+    rows, columns = tile.span(0), tile.span(1)
+    parts = [torch.empty(0, tile.sizes[1])]
+    for begin in range(rows.start - rows.start % BLOCK_ROWS, rows.stop, BLOCK_ROWS):
+        digest = hashlib.sha256(f"{seed} {name} {begin // BLOCK_ROWS}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+        block = torch.randn(min(BLOCK_ROWS, shape[0] - begin), shape[1], generator=generator)
+        parts.append(block[max(rows.start - begin, 0) : rows.stop - begin, columns])
+    return torch.cat(parts)
+
+
+def shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Return the whole shape of every parameter, by name."""
+    return {name: tuple(param.shape) for name, param in model.named_parameters()}
