@@ -104,6 +104,7 @@ class Lane:
     encode: Encode
     seq_len: int
     pad_id: int
+    eos_id: int
     packed: bool = False
     epochs: int | None = None
     flush: bool = False
@@ -119,14 +120,16 @@ class Lane:
                     after = at._replace(shard=nth, document=following)
                     at = yield from self._cut(self._stream(at.leftover, document), after)
             if self.flush and at.epoch + 1 == self.epochs and len(at.leftover):
-                row = pad(at.leftover, self.seq_len, self.pad_id)
-                at = yield from self._cut(row, at)
+                at = yield from self._cut(self._padded(at.leftover), at)
             at = Position(at.epoch + 1, leftover=at.leftover)
             yield Item(None, at)
 
     def _stream(self, leftover: Ids, document: Document) -> Ids:
         ids = self.encode(document)
-        return np.concatenate([leftover, ids]) if self.packed else pad(ids, self.seq_len, self.pad_id)
+        return np.concatenate([leftover, ids]) if self.packed else self._padded(ids)
+
+    def _padded(self, ids: Ids) -> Ids:
+        return pad(ids, self.seq_len, self.pad_id, self.eos_id)
 
     def _cut(self, stream: Ids, at: Position) -> Generator[Item, None, Position]:
         """Yield the full rows of a stream; return the position with what is left of it."""

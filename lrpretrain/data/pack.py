@@ -13,14 +13,11 @@ Ids = npt.NDArray[np.int64]
 IGNORED = -100  # the label that torch's cross-entropy leaves out
 
 
-def pad(ids: Ids, seq_len: int, pad_id: int) -> Ids:
-    """Cut a document's ids to a row (seq_len,) that keeps the last one, eos, or fill it up with pad."""
-    row = np.full(seq_len, pad_id, np.int64)
-    kept = min(len(ids), seq_len)
-    row[:kept] = ids[:kept]
-    if kept:
-        row[kept - 1] = ids[-1]
-    return row
+def pad(ids: Ids, seq_len: int, pad_id: int, eos_id: int) -> Ids:
+    """Return a document as one row (seq_len,): cut with eos as its last id, or filled up with pad."""
+    if len(ids) > seq_len:
+        return np.append(ids[: seq_len - 1], eos_id)
+    return np.pad(ids, (0, seq_len - len(ids)), constant_values=pad_id)
 
 
 def cut(stream: Ids, seq_len: int) -> Iterator[tuple[Ids, Ids]]:

@@ -37,10 +37,6 @@ class Source(Protocol):
         """Yield the documents of a shard in file order, from document `start`."""
         ...
 
-    def key(self, shard: int) -> str:
-        """Return a text that changes when the content of the shard does; the cache goes by it."""
-        ...
-
 
 @runtime_checkable
 class IndexedSource(Source, Protocol):
@@ -53,13 +49,21 @@ class IndexedSource(Source, Protocol):
         ...
 
 
+class PackedSource(Source, Protocol):
+    """A source of compressed text, which has to be unpacked for random access."""
+
+    def key(self, shard: int) -> str:
+        """Return a text that changes when the content of the shard does; the cache goes by it."""
+        ...
+
+
 def cache_dir(data: DataConfig) -> Path:
     """Return the folder of corpora and downloads: data.cache_dir, $LRPRETRAIN_CACHE, ~/.cache/lrpretrain."""
     chosen = data.cache_dir or os.environ.get("LRPRETRAIN_CACHE") or "~/.cache/lrpretrain"
     return Path(chosen).expanduser()
 
 
-def open_source(data: DataConfig, split: Split) -> Source:
+def open_source(data: DataConfig, split: Split) -> IndexedSource | PackedSource:
     """Return the documents of a split of data.source.
 
     Raises ConfigError for a missing data.path, and DataError where the split has no shards.
@@ -123,7 +127,7 @@ class FileShards:
         return f"{path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}"
 
 
-def indexed(source: Source, cache: Path) -> IndexedSource:
+def indexed(source: IndexedSource | PackedSource, cache: Path) -> IndexedSource:
     """Return a source with random access to the same documents, unpacking shards into `cache` once.
 
     Processes may call it at the same time: one unpacks, the others wait for it.
@@ -135,8 +139,8 @@ def indexed(source: Source, cache: Path) -> IndexedSource:
 class _UnpackedShards:
     """The texts of every shard end to end in one plain file, with the offsets of the documents."""
 
-    def __init__(self, source: Source, cache: Path):
-        self.names, self.read, self.key = source.names, source.read, source.key
+    def __init__(self, source: PackedSource, cache: Path):
+        self.names, self.read = source.names, source.read
         self._texts, self._offsets = [], []
         for shard in range(len(source.names)):
             stem = hashlib.sha256(source.key(shard).encode()).hexdigest()[:24]
