@@ -53,7 +53,7 @@ def materialize(model: LlamaForCausalLM, device: torch.device) -> None:
     """Give a model from the meta device memory; its parameters hold garbage until `initialize`."""
     model.to_empty(device=device)
     # Not in the state dict, and garbage now.
-    model.model.rotary_emb = LlamaRotaryEmbedding(config=model.config, device=device)
+    model.model.rotary_emb = LlamaRotaryEmbedding(model.config).to(device)
 
 
 @torch.no_grad()

@@ -130,6 +130,11 @@ class ShardedOptimizer(torch.optim.Optimizer):
             for key, piece in pieces.items():
                 yield name, key, piece
 
+    @property
+    def n_matrices(self) -> int:
+        """The number of matrices that the rule applies to."""
+        return sum(len(batch.holdings) for batch in self._batches)
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict()` returned, on the same sharding.
 

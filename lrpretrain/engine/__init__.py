@@ -1,0 +1,39 @@
+"""How a model is spread over processes, and how its steps run there."""
+
+from __future__ import annotations
+
+import torch
+
+from lrpretrain.config import Config
+from lrpretrain.engine.base import Engine, Mask
+from lrpretrain.engine.fsdp import FSDP
+from lrpretrain.engine.local import DDP, Local
+from lrpretrain.model import llama
+from lrpretrain.optim.groups import build_optimizer
+from lrpretrain.sharding.procs import Procs
+
+__all__ = ["Engine", "build_engine"]
+
+
+def build_engine(
+    config: Config, procs: Procs, device: torch.device, *, pad_id: int, mask: Mask | None = None
+) -> Engine:
+    """Build, lay out and initialise the model, and build its optimizer.
+
+    The order matters: a model without memory is laid out first, so that no process ever holds what is
+    not its own; values come next, tile by tile; wrappers that broadcast or hook into parameters after that;
+    the optimizer last, on the parameters that stay. All processes must call this.
+    """
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    model = llama.build(llama.load_config(config.model), dtypes[config.precision.params])
+    kind = {"local": Local, "ddp": DDP, "fsdp": FSDP}[config.engine.kind]
+    engine = kind(model, procs, device, pad_id, mask)
+    if isinstance(engine, FSDP):
+        engine.compute = dtypes[config.precision.compute]
+        engine.accumulate_unsharded = config.engine.accumulate_unsharded
+    engine.lay_out()
+    llama.initialize(model, engine.holdings, config.train.seed)
+    if isinstance(engine, DDP):
+        engine.wrap()
+    engine.optimizer = build_optimizer(model.named_parameters(), config.optim)
+    return engine

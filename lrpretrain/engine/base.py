@@ -1,0 +1,128 @@
+"""How a step runs: forward, backward, clip, update. The training loop knows engines by this interface only."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+from transformers import LlamaForCausalLM
+
+from lrpretrain.model.loss import token_loss_sum
+from lrpretrain.optim import ShardedOptimizer
+from lrpretrain.sharding import Holding, Piece, hold
+from lrpretrain.sharding.procs import Procs
+
+Mask = Callable[[Tensor], Tensor]
+
+
+class Engine:
+    """A model, its optimizer and the way they are spread over processes.
+
+    `model` is the module with the parameters' plain names; `forward` is what is called, which may
+    wrap it. All processes call every method together. `mask` makes an attention mask (b, 1, l, l)
+    from token ids (b, l); None is plain causal attention.
+    """
+
+    def __init__(self, model: LlamaForCausalLM, procs: Procs, device: torch.device, pad_id: int, mask: Mask | None):
+        self.model = model
+        self.forward: nn.Module = model
+        self.procs = procs
+        self.device = device
+        self.pad_id = pad_id
+        self.mask = mask
+        self.optimizer: ShardedOptimizer  # set once the parameters are where they stay
+
+    @property
+    def holdings(self) -> list[Holding]:
+        """What this process holds of every parameter."""
+        return [hold(name, param) for name, param in self.model.named_parameters()]
+
+    def train_step(self, micros: Sequence[Tensor], targets: int, clip_norm: float | None) -> tuple[Tensor, Tensor]:
+        """Run forward and backward over this process's micro-batches of ids (b, l), and clip.
+
+        `targets` is the number of tokens that the loss of the whole step is taken over, on all processes:
+        every token weighs 1/targets. Returns this process's sum of token losses, and the norm of the raw
+        gradient, both on the device. Nothing is updated yet: the caller looks at the norm first.
+        """
+        self.forward.train()
+        total = torch.zeros((), device=self.device)
+        for i, ids in enumerate(micros):
+            with self.accumulation(last=i == len(micros) - 1):
+                loss = self._loss_sum(ids)
+                # Engines average gradients over the processes; times their number that is a sum.
+                (loss * (self.procs.n_procs / max(targets, 1))).backward()
+            total += loss.detach()
+        return total, self.clip(clip_norm)
+
+    @torch.no_grad()
+    def loss_sum(self, ids: Tensor) -> Tensor:
+        """Return the sum of the token losses of this process's rows, without gradients."""
+        self.forward.eval()
+        return self._loss_sum(ids)
+
+    @torch.no_grad()
+    def next_logits(self, ids: Tensor) -> Tensor:
+        """Return the logits after the last of the ids (1, l), shaped (v,); the same ids on every process."""
+        self.forward.eval()
+        logits: Tensor = self.forward(input_ids=ids.to(self.device)).logits
+        return logits[0, -1].float()
+
+    def update(self, lr_ratio: float) -> None:
+        """Update the parameters with `lr_ratio` times their peak learning rates, and drop the gradients."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * lr_ratio
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # so that the time of the update is known
+
+    def total(self, value: Tensor) -> Tensor:
+        """Add up a scalar of the device over the processes."""
+        if self.procs.n_procs > 1:
+            torch.distributed.all_reduce(value)
+        return value
+
+    def pieces(self) -> dict[str, Piece]:
+        """Return what a checkpoint stores of the model and the optimizer: this process's tiles, by name."""
+        pieces = {f"model/{h.name}": h.piece for h in self.holdings}
+        return pieces | {f"optim/{name}/{key}": piece for name, key, piece in self.optimizer.pieces()}
+
+    @contextlib.contextmanager
+    def accumulation(self, last: bool) -> Iterator[None]:
+        """Surround one micro-batch; only the `last` one of a step needs to communicate gradients."""
+        yield
+
+    def clip(self, max_norm: float | None) -> Tensor:
+        """Scale the gradients down to `max_norm`, and return the norm that they had, over all processes."""
+        params = [p for p in self.model.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in params])
+        if max_norm is not None:
+            torch.nn.utils.clip_grads_with_norm_(params, max_norm, norm)
+        return norm.full_tensor() if isinstance(norm, torch.distributed.tensor.DTensor) else norm
+
+    def subspace_metrics(self) -> dict[str, float]:
+        """Return the means over the refreshes since the last call: energy, overlap, time. Empty without any."""
+        rule = self.optimizer.rule
+        notes, matrices = (rule.refreshes, self.optimizer.n_matrices) if rule is not None else ([], 0)
+        if not notes:
+            return {}
+        rule.refreshes = []
+        values = {"subspace/refreshes": sum(n["matrices"] for n in notes), "subspace/matrices": matrices}
+        for key in ("energy", "overlap"):
+            known = [(float(n[key]), n["matrices"]) for n in notes if key in n]
+            if known:
+                values[f"subspace/{key}"] = sum(v * w for v, w in known) / sum(w for _, w in known)
+        return values | {"perf/refresh_ms": sum(n["ms"] for n in notes)}
+
+    def optimizer_bytes(self) -> int:
+        """Return the bytes of optimizer state on this process."""
+        return sum(p.tensor.numel() * p.tensor.element_size() for _, _, p in self.optimizer.pieces())
+
+    def _loss_sum(self, ids: Tensor) -> Tensor:
+        ids = ids.to(self.device)
+        mask = {} if self.mask is None else {"attention_mask": self.mask(ids)}
+        # Padding lies on the right, where causal attention never looks from a token that counts.
+        logits = self.forward(input_ids=ids, **mask).logits
+        return token_loss_sum(logits, ids.masked_fill(ids == self.pad_id, -100))

@@ -1,0 +1,36 @@
+"""FSDP2: parameters, gradients and optimizer state in shards."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+from lrpretrain.engine.base import Engine
+from lrpretrain.model.llama import materialize
+
+
+class FSDP(Engine):
+    """Every decoder block is a unit of its own; embeddings, the last norm and the head are the root's."""
+
+    compute: torch.dtype = torch.float32
+    accumulate_unsharded: bool = False
+
+    def lay_out(self) -> None:
+        """Shard the model over all processes, then give it memory: it never exists whole."""
+        mesh = init_device_mesh(self.device.type, (self.procs.n_procs,))
+        # Reduction in float32: gradients rounded before they are added up cost accuracy, the wires are fast.
+        policy = MixedPrecisionPolicy(param_dtype=self.compute, reduce_dtype=torch.float32)
+        for block in self.model.model.layers:
+            fully_shard(block, mesh=mesh, mp_policy=policy)
+        fully_shard(self.model, mesh=mesh, mp_policy=policy)
+        materialize(self.model, self.device)
+
+    @contextlib.contextmanager
+    def accumulation(self, last: bool) -> Iterator[None]:
+        """Reduce-scatter after every micro-batch, or once a step with `accumulate_unsharded`."""
+        self.model.set_requires_gradient_sync(last or not self.accumulate_unsharded)
+        yield

@@ -1,0 +1,147 @@
+"""Pretrain a model: `torchrun … -m lrpretrain.pretrain --config FILE [--section.field VALUE …]`.
+
+Starts under `python -m` (one process), `torchrun` and `deepspeed`. Everything that can be wrong with a
+configuration is reported before any process group or model exists. Exit codes: see lrpretrain/errors.py.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from lrpretrain.artifacts import checkpoint
+from lrpretrain.artifacts.metrics import Metrics, say
+from lrpretrain.artifacts.rundir import RunDir
+from lrpretrain.config import Config, parse
+from lrpretrain.data.loader import build_loader
+from lrpretrain.data.pack import document_mask
+from lrpretrain.data.tokenizer import Tokenizer
+from lrpretrain.data.vocabulary import configured
+from lrpretrain.engine import build_engine
+from lrpretrain.engine.device import env_procs, join, pick_device, unusable_gpu
+from lrpretrain.errors import EXIT_STOPPED, ConfigError, LrpretrainError
+from lrpretrain.model import llama
+from lrpretrain.train import plan
+from lrpretrain.train.evaluate import Evaluator
+from lrpretrain.train.guard import Guard, launch_id, restarted_after_stop
+from lrpretrain.train.loop import Progress, Trainer, resume
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a pretraining from its command line; return the exit code."""
+    proc, n_procs, local_proc = env_procs()
+    try:
+        config, problems = parse(sys.argv[1:] if argv is None else argv)
+        problems += plan.problems(config, n_procs)
+        if problems:
+            raise ConfigError(problems)
+        return pretrain(config)
+    except LrpretrainError as error:
+        # What all processes meet is said once; what is wrong with a node, by that node.
+        if proc == 0 or (local_proc == 0 and not dist.is_initialized()):
+            print(f"lrpretrain: {error}", file=sys.stderr, flush=True)
+        return error.exit_code
+
+
+def pretrain(config: Config) -> int:
+    """Run a checked configuration; return the exit code, and leave it in status.json.
+
+    Raises LrpretrainError for what a user can mend. All processes of the launch call this.
+    """
+    run_dir = RunDir(config.run.dir)
+    status = run_dir.read_status()
+    if restarted_after_stop(status):
+        return EXIT_STOPPED
+    start = _start(config, run_dir)
+    proc = env_procs()[0]
+    if start is not None and checkpoint.read_manifest(start)["step"] >= config.train.steps:
+        if proc == 0:
+            say(
+                f"This run is complete: {start}. To train on, raise train.steps; "
+                "to start another run, give another run.dir."
+            )
+        return 0
+    run_dir.create(fresh=start is None and config.run.resume == "never")
+    tokenizer = configured(config, llama.load_config(config.model).vocab_size)
+    device = pick_device()
+    guard = Guard()
+    progress = Progress()
+    try:
+        code = _run(config, run_dir, tokenizer, device, guard, start, progress)
+    except BaseException as error:
+        if proc == 0:
+            code = error.exit_code if isinstance(error, LrpretrainError) else 1
+            reason = f"{type(error).__name__}: {error}"
+            run_dir.write_status("failed", progress.step, reason, code, launch_id=launch_id())
+        raise
+    if proc == 0:
+        state, reason = ("finished", "") if code == 0 else ("stopped", guard.reason or "a signal on another process")
+        run_dir.write_status(state, progress.step, reason, code, launch_id=launch_id())
+    return code
+
+
+def _start(config: Config, run_dir: RunDir) -> Path | None:
+    """Return the checkpoint to go on from, or None. Raises CheckpointError for a path that is none."""
+    if config.run.resume == "never":
+        return None
+    if config.run.resume == "auto":
+        return next(iter(checkpoint.complete(run_dir.checkpoints)), None)
+    path = Path(config.run.resume)
+    checkpoint.read_manifest(path)
+    return path
+
+
+def _run(
+    config: Config,
+    run_dir: RunDir,
+    tokenizer: Tokenizer,
+    device: torch.device,
+    guard: Guard,
+    start: Path | None,
+    progress: Progress,
+) -> int:
+    procs = join(device, config.engine.timeout_s)
+    if procs.is_first:
+        run_dir.describe(config, procs.n_procs, device)
+        run_dir.write_status("running", 0)
+        for line in (unusable_gpu(), *plan.describe(config, procs.n_procs).splitlines()):
+            if line is not None:
+                say(line)
+    torch.manual_seed(config.train.seed)
+    mask = functools.partial(document_mask, eos_id=tokenizer.eos_id) if config.data.document_mask else None
+    engine = build_engine(config, procs, device, pad_id=tokenizer.pad_id, mask=mask)
+    position = None
+    if start is not None:
+        restored, position = resume(start, engine, config, procs)
+        vars(progress).update(vars(restored))
+        if procs.is_first:
+            say(f"resumed from {start}")
+    evaluator = None
+    if config.train.eval_every:
+        validation = build_loader(config, "validation", procs, tokenizer)
+        evaluator = Evaluator(validation, config.train.eval_tokens, config.train.micro_batch)
+    loader = build_loader(config, "train", procs, tokenizer, state=position)
+    metrics = None
+    if procs.is_first:
+        run_dir.cut_metrics(progress.step)
+        flops = plan.flops_per_token(config)
+        metrics = Metrics(run_dir, progress.step, config.train.steps, flops, procs.n_procs)
+    trainer = Trainer(config, procs, engine, loader, evaluator, tokenizer, run_dir, metrics, guard, progress)
+    try:
+        return trainer.train()
+    finally:
+        loader.close()
+        if metrics is not None:
+            metrics.close()
+
+
+if __name__ == "__main__":
+    exit_code = main()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    sys.exit(exit_code)

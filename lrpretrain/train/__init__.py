@@ -1,0 +1,1 @@
+"""The training loop and what it consults: schedule, signals, evaluation."""

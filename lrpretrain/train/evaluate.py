@@ -1,0 +1,67 @@
+"""Validation loss over a fixed budget of tokens, and a line of the model's writing."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from lrpretrain.artifacts.metrics import perplexity
+from lrpretrain.data.loader import Loader
+from lrpretrain.data.tokenizer import Tokenizer
+from lrpretrain.engine import Engine
+
+SAMPLE_TOKENS = 24
+
+
+class Evaluator:
+    """Evaluates on the same tokens every time, on any number of processes.
+
+    The budget is rounded up to whole global batches. The rows are read once and kept.
+    """
+
+    def __init__(self, loader: Loader, budget: int, micro_batch: int):
+        self._loader = loader
+        self._budget = budget
+        self._micro_batch = micro_batch
+        self._rows: list[npt.NDArray[np.integer]] | None = None
+        self._targets = 0
+
+    def evaluate(self, engine: Engine) -> dict[str, float]:
+        """Return the token-weighted mean loss (nats), perplexity and seconds. All processes must call it."""
+        began = time.perf_counter()
+        if self._rows is None:
+            self._read()
+        total = torch.zeros((), dtype=torch.float64, device=engine.device)
+        for rows in self._rows or []:
+            for ids in split(rows, self._micro_batch):
+                total += engine.loss_sum(ids)
+        loss = float(engine.total(total)) / self._targets
+        seconds = time.perf_counter() - began
+        return {"valid/loss": loss, "valid/ppl": perplexity(loss), "valid/targets": self._targets, "perf/eval_s": seconds}
+
+    def _read(self) -> None:
+        self._rows, tokens = [], 0
+        while tokens < self._budget and (batch := self._loader.next()) is not None:
+            self._rows.append(batch.ids.astype(np.int32))
+            self._targets += batch.targets
+            tokens += batch.tokens
+        self._loader.close()
+
+
+def split(rows: npt.NDArray[np.integer], micro_batch: int) -> list[torch.Tensor]:
+    """Cut rows of ids (b, l) into micro-batches of tensors."""
+    return list(torch.from_numpy(rows.astype(np.int64)).split(micro_batch))
+
+
+def continue_prompt(engine: Engine, tokenizer: Tokenizer, prompt: str) -> str:
+    """Return the prompt and what the model finds most likely after it. All processes must call it."""
+    ids = tokenizer.encode(prompt)[:-1].tolist()  # without the eos
+    for _ in range(SAMPLE_TOKENS):
+        following = int(engine.next_logits(torch.tensor([ids])).argmax())
+        if following == tokenizer.eos_id:
+            break
+        ids.append(following)
+    return tokenizer.decode(ids)

@@ -1,0 +1,174 @@
+"""The training loop. It knows engines, loaders and run folders by their interfaces only."""
+
+from __future__ import annotations
+
+import base64
+import math
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lrpretrain.artifacts import checkpoint
+from lrpretrain.artifacts.metrics import Metrics, say
+from lrpretrain.artifacts.rundir import RunDir
+from lrpretrain.config import Config
+from lrpretrain.data.loader import Batch, Loader
+from lrpretrain.data.tokenizer import Tokenizer
+from lrpretrain.engine import Engine
+from lrpretrain.errors import EXIT_STOPPED, ConfigError, DataError, NonFiniteError, Problem
+from lrpretrain.sharding.procs import Procs
+from lrpretrain.train.evaluate import Evaluator, continue_prompt, split
+from lrpretrain.train.guard import Guard
+from lrpretrain.train.schedule import lr_ratio
+
+
+@dataclass
+class Progress:
+    """How far a run is: optimizer steps done, non-pad tokens seen, and the step of its last checkpoint."""
+
+    step: int = 0
+    tokens: int = 0
+    saved: int | None = None
+
+
+@dataclass
+class Trainer:
+    """Everything that a run is made of. All processes have one and call its methods together."""
+
+    config: Config
+    procs: Procs
+    engine: Engine
+    loader: Loader
+    evaluator: Evaluator | None
+    tokenizer: Tokenizer
+    run_dir: RunDir
+    metrics: Metrics | None
+    guard: Guard
+    progress: Progress = field(default_factory=Progress)
+
+    def train(self) -> int:
+        """Train to the last step; return the exit code: 0, or 75 when a signal stopped it with a checkpoint saved.
+
+        Raises DataError where the data ends early or breaks, with a checkpoint saved, and NonFiniteError
+        before a gradient that is not finite could touch anything.
+        """
+        train, progress = self.config.train, self.progress
+        if progress.step == 0 and self.evaluator is not None:
+            self._log(self._evaluate())
+        while progress.step < train.steps:
+            batch = self._next_batch()
+            loss_sum, grad_norm = self._step(batch)
+            last = progress.step == train.steps
+            stops = bool(batch.flags) and not last
+            evaluates = train.eval_every > 0 and not stops and (last or progress.step % train.eval_every == 0)
+            if evaluates or stops or last or progress.step % train.log_every == 0:
+                values = {
+                    "train/loss": float(self.engine.total(loss_sum)) / max(batch.targets, 1),
+                    "train/lr": self.config.optim.lr * lr_ratio(progress.step - 1, train),
+                    "train/grad_norm": grad_norm,
+                }
+                self._log(values | (self._evaluate() if evaluates else {}))
+            if stops or last or (train.save_every and progress.step % train.save_every == 0):
+                self.save()
+            if stops:
+                return EXIT_STOPPED
+        return 0
+
+    def save(self) -> Path:
+        """Write a checkpoint of this step, and remove the oldest beyond train.keep_checkpoints."""
+        began = time.perf_counter()
+        run = {
+            "step": self.progress.step,
+            "tokens": self.progress.tokens,
+            "data": self.loader.state_dict(),
+            "random": base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode(),
+            "config": asdict(self.config),
+        }
+        path = checkpoint.save(self.run_dir.checkpoints, self.engine.pieces(), run, self.procs)
+        self.progress.saved = self.progress.step
+        if self.procs.is_first:
+            checkpoint.keep_newest(self.run_dir.checkpoints, self.config.train.keep_checkpoints)
+            say(f"saved {path} in {time.perf_counter() - began:.1f} s")
+        return path
+
+    def _next_batch(self) -> Batch:
+        """Return the next global batch; agree on stopping by its flags."""
+        try:
+            batch = self.loader.next(flags=int(self.guard.wants_stop))
+            if batch is None:
+                raise DataError(
+                    f"the data ended after {self.progress.step} of {self.config.train.steps} steps"
+                    f" ({self.loader.dropped} sequences left over). Raise data.epochs, or lower train.steps."
+                )
+        except DataError:
+            if self.progress.step not in (0, self.progress.saved):
+                self.save()
+            raise
+        return batch
+
+    def _step(self, batch: Batch) -> tuple[torch.Tensor, float]:
+        """Do one optimizer step; return this process's sum of token losses and the gradient's norm."""
+        train, engine, progress = self.config.train, self.engine, self.progress
+        loss_sum, norm = engine.train_step(split(batch.ids, train.micro_batch), batch.targets, train.clip_norm)
+        if not math.isfinite(grad_norm := float(norm)):
+            raise NonFiniteError(
+                f"the gradient of step {progress.step + 1} is not finite (norm {grad_norm}); nothing was updated. "
+                "Lower optim.lr, set train.clip_norm, or look at the data of this step."
+            )
+        began = time.perf_counter()
+        engine.update(lr_ratio(progress.step, train))
+        progress.step += 1
+        progress.tokens += batch.tokens
+        if self.metrics is not None:
+            self.metrics.count(batch.tokens, self.loader.wait_ms, (time.perf_counter() - began) * 1e3)
+        return loss_sum, grad_norm
+
+    def _evaluate(self) -> dict[str, float]:
+        assert self.evaluator is not None
+        values = self.evaluator.evaluate(self.engine)
+        if self.metrics is not None:
+            self.metrics.pause(values["perf/eval_s"])
+        return values
+
+    def _log(self, values: dict[str, float]) -> None:
+        prompt = self.config.train.prompt if "valid/loss" in values else None
+        text = None if prompt is None else continue_prompt(self.engine, self.tokenizer, prompt)
+        values |= self.engine.subspace_metrics()
+        if self.metrics is not None:
+            values["mem/optim_gib"] = self.engine.optimizer_bytes() / 2**30
+            self.metrics.log(self.progress.step, self.progress.tokens, values, text)
+
+
+# What a checkpoint's optimizer state and data position mean nothing without; shapes and lanes are
+# checked where they are loaded.
+IDENTITY = (
+    "data.source",
+    "data.sequences",
+    "data.seq_len",
+    "optim.rule",
+    "optim.side",
+    "optim.targets",
+)
+
+
+def resume(path: Path, engine: Engine, config: Config, procs: Procs) -> tuple[Progress, dict[str, Any]]:
+    """Read a checkpoint into the engine; return the progress and the data's position.
+
+    Raises CheckpointError for one that is damaged or of another model, ConfigError for one whose run was
+    configured otherwise in what cannot change on the way.
+    """
+    run = checkpoint.load(path, engine.pieces(), procs)
+    problems: list[Problem | str] = []
+    for key in IDENTITY:
+        section, name = key.split(".")
+        then, now = run["config"][section][name], asdict(config)[section][name]
+        if then != now:
+            remedy = "Go on with that value, or start another run in another run.dir"
+            problems.append(Problem(key, now, f"the checkpoint {path} was written with {then!r}", remedy))
+    if problems:
+        raise ConfigError(problems)
+    torch.set_rng_state(torch.frombuffer(bytearray(base64.b64decode(run["random"])), dtype=torch.uint8))
+    return Progress(run["step"], run["tokens"], run["step"]), run["data"]
