@@ -28,9 +28,10 @@ def train(texts: Iterable[str], out: Path, vocab_size: int, *, max_chars: int = 
     """Train a sentencepiece BPE tokenizer and write it to `out`.
 
     Takes whole documents until `max_chars` characters are used. Decoding gives back the text to
-    the letter: nothing is normalised, and characters outside the vocabulary, the newline among
-    them, become bytes. The same texts give the same file. Raises DataError where the texts do
-    not suffice for `vocab_size` ids, with the largest size that works.
+    the letter (but for ▁, sentencepiece's own space): nothing is normalised, and characters
+    outside the vocabulary, the newline among them, become bytes. The same texts give the same
+    file. Raises DataError where the texts do not suffice for `vocab_size` ids, with the largest
+    size that works.
     """
     model = io.BytesIO()
     try:
@@ -115,6 +116,7 @@ class Tokenizer:
 
     def encode(self, text: str) -> npt.NDArray[np.int64]:
         """Return the ids of a text, with eos appended, (n + 1,)."""
+        text = text.encode("utf-8", "replace").decode()  # JSON may hold half a surrogate pair
         ids = np.array([*self._backend.encode(text), self.eos_id], dtype=np.int64)
         sentinels = ids >= self.size
         if sentinels.any():

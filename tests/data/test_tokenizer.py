@@ -74,6 +74,11 @@ def test_decoding_gives_the_text_back(model, text):
     assert tok.unk_id not in ids
 
 
+def test_half_a_surrogate_pair_becomes_a_question_mark(model):
+    tok = tokenizer.load(str(model), 350)
+    assert tok.decode(tok.encode("rank \ud83d norm")) == "rank ? norm"
+
+
 def test_same_texts_same_file(model, tmp_path):
     tokenizer.train(documents(), tmp_path / "again.model", 350)
     assert (tmp_path / "again.model").read_bytes() == model.read_bytes()
