@@ -167,7 +167,7 @@ def _special_ids(spec: str, backend: _Backend) -> tuple[int, int, int]:
             spec,
             "it must have an end-of-text id, and a pad or unknown id that differs from it "
             f"(eos {backend.eos_id}, pad {backend.pad_id}, unk {backend.unk_id})",
-            "Choose another tokenizer, such as t5-base, or train one with `lrpretrain tokenizer`",
+            "Choose another tokenizer, such as t5-base, or train one with `lrpretrain tokenizer train`",
         )
     return pad, backend.eos_id, unk
 
@@ -182,7 +182,9 @@ class _SentencePiece:
             proto = path.read_bytes()
             self._model = sentencepiece.SentencePieceProcessor(model_proto=proto)
         except FileNotFoundError as error:
-            remedy = "Give the path of a sentencepiece .model file, or train one with `lrpretrain tokenizer`"
+            remedy = (
+                "Give the path of a sentencepiece .model file, or train one with `lrpretrain tokenizer train`"
+            )
             raise _problem(spec, "there is no such file", remedy) from error
         except (OSError, RuntimeError) as error:
             remedy = "Give a model that sentencepiece wrote"
