@@ -16,7 +16,7 @@ _UNDERLINE = re.compile(r"[-=~^*#\"'`+]{3,}$")
 _TABLE = re.compile(r"[|+]|[=-]+ +[=-]|.*\S {3,}\S|.* \| .* \| ")
 _BULLET = re.compile(r"(?:[-*+•]|\(?\d{1,2}[.)]|#\.) +")
 _TYPE_FIELD = re.compile(r":(?:type|rtype|raises|meta|attr)\b")
-_FIELD = re.compile(r":\w+[^:`]*: *")
+_FIELD = re.compile(r":\w+[^:`]*:(?!`) *")  # :param x: but not :func:`f`
 _NUMPY_PARAMETER = re.compile(r"[`*]*[\w.]+[`*]*(?:, *[`*]*[\w.]+[`*]*)* : ")
 _GOOGLE_PARAMETER = re.compile(r"[`*]*[\w.]+[`*]* ?\((?:[^()]|\([^()]*\))*\) ?(?:--|:) *")
 _SIGNATURE = re.compile(r"[\w.]+\(.*\)(?: *->.*)?$")

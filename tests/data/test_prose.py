@@ -13,7 +13,7 @@ def paragraphs(docstring):
 
 def test_lines_of_a_paragraph_are_joined():
     text = """Return the sum of the squares of
-    all the entries.
+    :func:`all` the entries.
 
     A second paragraph stands alone here.
     """
@@ -68,6 +68,8 @@ def test_google_and_hugging_face_styles():
 
     ```python
     This is a sentence in a code block.
+    And this is one more of them.
+    x = 1
     ```
     <Tip>
 
