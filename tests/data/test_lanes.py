@@ -109,11 +109,13 @@ def test_lanes_share_out_every_document_once_in_every_pass(source, lanes):
         assert other != passes[0]
 
 
-def test_lane_owns_the_same_shards_in_every_pass():
+def test_lane_owns_the_same_shards_in_every_pass_and_others_with_another_seed():
     source = Shards([[1, 1]] * 9)
     orders = [firsts(lane(source, 1, 2, position=Position(epoch), epochs=epoch + 1)) for epoch in range(5)]
     assert len({frozenset(order) for order in orders}) == 1
     assert len({tuple(order) for order in orders}) > 1
+    owned = {frozenset(firsts(lane(source, 1, 2, seed=seed))) for seed in range(5)}
+    assert len(owned) > 1
     assert all(b == a + 1 for order in orders for a, b in zip(order[::2], order[1::2], strict=True))
 
 
