@@ -241,8 +241,7 @@ def parse(argv: Sequence[str], prog: str = "lrpretrain.pretrain") -> tuple[Confi
             problems.append(Problem(key, value, f"{_reason(error)} ({origin})", "Give a value of that type"))
         else:
             values.setdefault(section, {})[name] = read[key]
-    config = parser.instantiate(parser.parse_object(values))
-    config = Config(**{s.name: config[s.name] for s in fields(Config)})
+    config = from_dict(values, parser)
     if any(a.startswith("--print_config") for a in argv):
         if problems:
             raise ConfigError(problems)
@@ -255,6 +254,13 @@ def _reason(error: Exception) -> str:
     """Return jsonargparse's last word without the value and Python's way of writing types."""
     text = str(error).splitlines()[-1].split(" Got value")[0].strip().rstrip(".")
     return re.sub(r"<class '(\w+)'>|typing\.", lambda m: m[1] or "", text).replace("Expected a", "expected a")
+
+
+def from_dict(values: dict[str, dict[str, Any]], parser: Any = None) -> Config:
+    """Return the configuration of a tree of values, with defaults for what is absent."""
+    parser = parser or _parser("lrpretrain")
+    tree = parser.instantiate(parser.parse_object(values))
+    return Config(**{section.name: tree[section.name] for section in fields(Config)})
 
 
 def to_yaml(config: Config) -> str:

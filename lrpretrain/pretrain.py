@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from lrpretrain.artifacts import checkpoint
-from lrpretrain.artifacts.metrics import Metrics, say
+from lrpretrain.artifacts.metrics import Metrics, say, summary
 from lrpretrain.artifacts.rundir import RunDir
 from lrpretrain.config import Config, parse
 from lrpretrain.data.loader import build_loader
@@ -61,10 +61,9 @@ def pretrain(config: Config) -> int:
     proc = env_procs()[0]
     if start is not None and checkpoint.read_manifest(start)["step"] >= config.train.steps:
         if proc == 0:
-            say(
-                f"This run is complete: {start}. To train on, raise train.steps; "
-                "to start another run, give another run.dir."
-            )
+            say(f"This run is complete: {start}")
+            say(summary(run_dir))
+            say("To start another, give another --run.dir; to train this one on, raise --train.steps.")
         return 0
     run_dir.create(fresh=start is None and config.run.resume == "never")
     tokenizer = configured(config, llama.load_config(config.model).vocab_size)
@@ -82,6 +81,8 @@ def pretrain(config: Config) -> int:
     if proc == 0:
         state, reason = ("finished", "") if code == 0 else ("stopped", guard.reason or "a signal on another process")
         run_dir.write_status(state, progress.step, reason, code, launch_id=launch_id())
+        stopped = f"stopped by {reason} at step {progress.step}, checkpoint saved; start again to go on"
+        say(summary(run_dir) if code == 0 else stopped)
     return code
 
 

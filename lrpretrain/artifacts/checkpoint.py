@@ -95,6 +95,11 @@ def load(path: Path, pieces: Mapping[str, Piece], procs: Procs) -> dict[str, Any
     state = {name: _Tiles(piece) for name, piece in pieces.items()}
     error = _attempt(lambda: dcp.load(state, checkpoint_id=path / "tensors", no_dist=not dist.is_initialized()))  # type: ignore[arg-type]
     _raise_together(error, procs, f"{path} cannot be read")
+    return read_run(path)
+
+
+def read_run(path: Path) -> dict[str, Any]:
+    """Return run.json of a checkpoint: step, tokens, data position, random state, configuration."""
     run: dict[str, Any] = json.loads((path / "run.json").read_text())
     return run
 

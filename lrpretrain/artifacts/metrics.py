@@ -107,6 +107,21 @@ def console_line(values: dict[str, float], steps: int) -> str:
     return " | ".join(parts)
 
 
+def summary(run_dir: RunDir) -> str:
+    """Return what there is to say about a run at its end: perplexities, and where to look."""
+    entries = [json.loads(line) for line in run_dir.metrics.read_text().splitlines()]
+    evaluated = [e for e in entries if "valid/ppl" in e]
+    lines = []
+    if evaluated:
+        first, last = evaluated[0], evaluated[-1]
+        lines.append(
+            f"validation perplexity: {first['valid/ppl']:.1f} at step {first['step']},"
+            f" {last['valid/ppl']:.1f} at step {last['step']}"
+        )
+    lines += [f"run folder: {run_dir.path}", f"curves: tensorboard --logdir {run_dir.tensorboard}"]
+    return "\n".join(lines)
+
+
 def say(line: str) -> None:
     """Print a line for the person who watches; only the first process says anything."""
     print(line, file=sys.stdout, flush=True)

@@ -57,11 +57,11 @@ def split(rows: npt.NDArray[np.integer], micro_batch: int) -> list[torch.Tensor]
 
 
 def continue_prompt(engine: Engine, tokenizer: Tokenizer, prompt: str) -> str:
-    """Return the prompt and what the model finds most likely after it. All processes must call it."""
+    """Return the prompt and what the model finds most likely after it, on one line. All processes must call it."""
     ids = tokenizer.encode(prompt)[:-1].tolist()  # without the eos
     for _ in range(SAMPLE_TOKENS):
         following = int(engine.next_logits(torch.tensor([ids])).argmax())
         if following == tokenizer.eos_id:
             break
         ids.append(following)
-    return tokenizer.decode(ids)
+    return " ".join(tokenizer.decode(ids).split())
