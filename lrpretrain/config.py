@@ -219,7 +219,6 @@ def parse(argv: Sequence[str], prog: str = "lrpretrain.pretrain") -> tuple[Confi
     `--print_config` print and exit.
     """
     parser = _parser(prog)
-    argv = [a for a in argv if not a.startswith(("--local_rank=", "--local-rank="))]  # deepspeed adds it
     if any(a in ("-h", "--help") for a in argv):
         parser.parse_args(["--help"])
     problems: list[Problem | str] = []
@@ -304,7 +303,7 @@ def check(config: Config, n_procs: int) -> list[Problem | str]:
         ("optim.eps", optim.eps),
     ):
         refuse(number is not None and not number > 0, key, "must be above 0", "Raise it")
-    refuse(not all(0 <= b < 1 for b in optim.betas), "optim.betas", "must lie in [0, 1)", "Use 0.9,0.999")
+    refuse(not all(0 <= b < 1 for b in optim.betas), "optim.betas", "must lie in [0, 1)", "Use [0.9,0.999]")
     refuse(optim.weight_decay < 0, "optim.weight_decay", "must not be negative", "0 turns it off")
     refuse(
         train.clip_norm is not None and not train.clip_norm > 0,
@@ -418,7 +417,7 @@ def _items(argv: Sequence[str], problems: list[Problem | str]) -> Iterator[tuple
         following = value if equals else next(arguments, None)
         if following is None:
             problems.append(Problem(key, None, "has no value", f"Write --{key} VALUE"))
-        elif key != "local_rank":
+        elif key not in ("local_rank", "local-rank"):  # launchers add it
             settings.append((key, following))
     for key, value in settings:
         if key == "config":
