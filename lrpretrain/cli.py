@@ -3,26 +3,33 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from lrpretrain import __version__
-from lrpretrain.errors import CheckpointError, ConfigError, LrpretrainError
+from lrpretrain.config import Config, DataConfig
+from lrpretrain.errors import CheckpointError, ConfigError, DataError, LrpretrainError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one tool; return its exit code."""
-    parser = _parser()
+    """Run one tool; return its exit code: 0, 2 configuration, 3 data or disk, 4 checkpoint."""
+    parser = build_parser()
     known, rest = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
     if rest and known.run is not show:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     known.overrides = rest
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("lrpretrain").setLevel(logging.INFO)  # tools that take minutes tell how far they are
     try:
         known.run(known)
     except LrpretrainError as error:
         print(f"lrpretrain: {error}", file=sys.stderr)
         return error.exit_code
+    except OSError as error:  # a folder that cannot be written to, a full disk
+        print(f"lrpretrain: {error}", file=sys.stderr)
+        return DataError.exit_code
     return 0
 
 
@@ -42,20 +49,26 @@ def show(args: argparse.Namespace) -> None:
 def train_tokenizer(args: argparse.Namespace) -> None:
     """Train a sentencepiece tokenizer on the documents of C4-format shards or of the embedded corpus."""
     from lrpretrain.data import tokenizer
+    from lrpretrain.data.sources import open_source
 
-    source = _text_source(args)
-    texts = (document for shard in range(len(source.names)) for document in source.read(shard))
+    source = open_source(_text(args), "train")
+    texts = (str(document) for shard in range(len(source.names)) for document in source.read(shard))
     tokenizer.train(texts, args.out, args.vocab_size, max_chars=args.max_chars)
     print(f"wrote {args.out}: {args.vocab_size} ids")
 
 
 def tokenize(args: argparse.Namespace) -> None:
     """Write pre-tokenised shards."""
-    from lrpretrain.data import tokenizer, tokens
+    from lrpretrain.data import tokens
+    from lrpretrain.data.sources import open_source
+    from lrpretrain.data.vocabulary import configured
 
-    source = _text_source(args)
-    ids = tokenizer.load(str(args.tokenizer), args.vocab_size)
-    tokens.tokenize(source, source.names, ids, args.out, args.split)
+    data = _text(args)
+    if args.path and not args.tokenizer:
+        raise ConfigError(["--path needs --tokenizer. Name a .model file or a tokenizer of the hub."])
+    source = open_source(data, args.split)
+    ids = configured(Config(data=data), args.vocab_size)
+    tokens.tokenize(source, source.names, ids, args.out, args.split, processes=args.procs)
     print(f"wrote {len(source.names)} shards of {args.split} to {args.out}")
 
 
@@ -66,7 +79,9 @@ def download(args: argparse.Namespace) -> None:
     first, _, last = args.shards.partition(":")
     if not (first.isdigit() and last.isdigit() and int(first) < int(last)):
         raise ConfigError([f"--shards {args.shards!r} is not a range. Write FIRST:END, such as 0:64."])
-    hub.download(args.dataset, args.subset, range(int(first), int(last)), args.folder, patience_s=args.patience_s)
+    shards = range(int(first), int(last))
+    wants = {"validation": not args.no_validation, "patience_s": args.patience_s}
+    hub.download(args.dataset, args.subset, shards, args.folder, **wants)
     print(f"{args.folder} is complete; train with --data.source files --data.path {args.folder}")
 
 
@@ -88,8 +103,7 @@ def generate(args: argparse.Namespace) -> None:
             raise CheckpointError(f"{path} is neither a checkpoint nor a run folder with a complete one.")
         path = found[0]
     run = config.from_dict(checkpoint.read_run(path)["config"])
-    if args.tokenizer:
-        run.data.tokenizer = args.tokenizer
+    run.data.tokenizer = args.tokenizer or run.data.tokenizer
     model = llama.build(llama.load_config(run.model))
     ids = configured(run, model.config.vocab_size)
     llama.materialize(model, torch.device("cpu"))
@@ -97,7 +111,9 @@ def generate(args: argparse.Namespace) -> None:
     checkpoint.load(path, {f"model/{h.name}": h.piece for h in holdings}, Procs())
     torch.manual_seed(args.seed)
     prompt = torch.from_numpy(ids.encode(args.prompt)[None, :-1])  # without the eos
-    sampling = {"do_sample": True, "temperature": args.temperature} if args.temperature else {"do_sample": False}
+    sampling = {"temperature": args.temperature} if args.temperature > 0 else {}
+    if not prompt.numel():
+        raise ConfigError([f"PROMPT {args.prompt!r} is empty. Give some text to continue."])
     written = model.eval().generate(
         prompt,
         attention_mask=torch.ones_like(prompt),
@@ -105,62 +121,111 @@ def generate(args: argparse.Namespace) -> None:
         eos_token_id=ids.eos_id,
         pad_token_id=ids.pad_id,
         use_cache=True,
+        do_sample=bool(sampling),
         **sampling,
     )
     print(ids.decode(written[0].tolist()))
 
 
-def _text_source(args: argparse.Namespace):  # type: ignore[no-untyped-def]
-    from lrpretrain.config import DataConfig
-    from lrpretrain.data.sources import open_source
-
-    data = DataConfig(source="files" if args.path else "sample", path=args.path)
-    return open_source(data, getattr(args, "split", "train"))
+def _text(args: argparse.Namespace) -> DataConfig:
+    """Return the data that the options --path and, where the tool has it, --tokenizer mean."""
+    tokenizer = getattr(args, "tokenizer", None)
+    return DataConfig(source="files" if args.path else "sample", path=args.path, tokenizer=tokenizer)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="lrpretrain", description=__doc__)
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the tools; what it reads holds the tool as `run`."""
+    parser = argparse.ArgumentParser(
+        prog="lrpretrain",
+        description="Tools around pretraining. `lrpretrain TOOL --help` explains one.",
+        epilog="Training itself is `python -m lrpretrain.pretrain --help`. "
+        "Exit codes: 0 done, 2 configuration, 3 data or disk, 4 checkpoint.",
+    )
     parser.add_argument("--version", action="version", version=__version__)
-    tools = parser.add_subparsers(required=True, metavar="TOOL")
-
-    tool = tools.add_parser("show", help="resolved values of a configuration, and their arithmetic")
-    tool.add_argument("file", help="a recipe's name or a YAML file; --section.field VALUE may follow")
-    tool.add_argument("--procs", type=int, default=1, help="processes that the run will have (1)")
-    tool.set_defaults(run=show)
-
-    group = tools.add_parser("tokenizer", help="make a tokenizer").add_subparsers(required=True, metavar="ACTION")
-    tool = group.add_parser("train", help="train a sentencepiece BPE model (pad 0, eos 1, unk 2)")
-    tool.add_argument("out", type=Path, help="the .model file to write")
-    tool.add_argument("--path", help="folder or glob of C4-format shards (default: the embedded corpus)")
-    tool.add_argument("--vocab_size", type=int, default=32000, help="number of ids (32000)")
-    tool.add_argument("--max_chars", type=int, default=50_000_000, help="characters to learn from (50,000,000)")
-    tool.set_defaults(run=train_tokenizer)
-
-    tool = tools.add_parser("tokenize", help="write pre-tokenised shards for data.source=tokens")
-    tool.add_argument("out", type=Path, help="the folder to write")
-    tool.add_argument("--tokenizer", type=Path, required=True, help="a .model file or a tokenizer of the hub")
-    tool.add_argument("--path", help="folder or glob of C4-format shards (default: the embedded corpus)")
-    tool.add_argument("--split", choices=["train", "validation"], default="train")
-    tool.add_argument("--vocab_size", type=int, default=32000, help="the model's vocabulary (32000)")
-    tool.set_defaults(run=tokenize)
-
-    tool = tools.add_parser("download", help="fetch C4 shards, for clusters without internet")
-    tool.add_argument("folder", type=Path)
-    tool.add_argument("--shards", default="0:64", help="training shards FIRST:END (0:64)")
-    tool.add_argument("--dataset", default="allenai/c4")
-    tool.add_argument("--subset", default="en")
-    tool.add_argument("--patience_s", type=float, default=600.0, help="seconds of trying again (600)")
-    tool.set_defaults(run=download)
-
-    tool = tools.add_parser("generate", help="continue a prompt")
-    tool.add_argument("checkpoint", type=Path, help="a checkpoint, or a run folder for its newest one")
-    tool.add_argument("prompt")
-    tool.add_argument("--tokens", type=int, default=64, help="at most so many new tokens (64)")
-    tool.add_argument("--temperature", type=float, default=0.0, help="0 takes the most likely token (0)")
-    tool.add_argument("--seed", type=int, default=0)
-    tool.add_argument("--tokenizer", help="instead of the run's own")
-    tool.set_defaults(run=generate)
+    tools = parser.add_subparsers(required=True, metavar="TOOL", title="tools")
+    _add_show(tools)
+    _add_tokenizer(tools)
+    _add_tokenize(tools)
+    _add_download(tools)
+    _add_generate(tools)
     return parser
+
+
+def _add(tools, name: str, run, about: str, **options) -> argparse.ArgumentParser:  # type: ignore[no-untyped-def]
+    tool: argparse.ArgumentParser = tools.add_parser(name, help=about, description=about, **options)
+    tool.set_defaults(run=run)
+    return tool
+
+
+def _count(text: str) -> int:
+    """Read a number of things; argparse says which option it was for."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
+def _add_show(tools) -> None:  # type: ignore[no-untyped-def]
+    usage = "lrpretrain show FILE [--procs N] [--section.field VALUE ...]"
+    about = "print a configuration's resolved values and what they amount to, or all that is wrong with it"
+    # Without abbreviations: what is not an option of this tool is a field of the configuration.
+    tool = _add(tools, "show", show, about, usage=usage, allow_abbrev=False)
+    tool.add_argument("file", metavar="FILE", help="a recipe's name or a YAML file")
+    procs = "processes that the run will have (default: %(default)s)"
+    tool.add_argument("--procs", type=_count, default=1, help=procs)
+
+
+def _add_tokenizer(tools) -> None:  # type: ignore[no-untyped-def]
+    group = tools.add_parser("tokenizer", help="make a tokenizer", description="Make a tokenizer.")
+    about = "train a sentencepiece BPE model on text (ids: pad 0, eos 1, unknown 2)"
+    tool = _add(group.add_subparsers(required=True, metavar="ACTION"), "train", train_tokenizer, about)
+    tool.add_argument("out", type=Path, metavar="OUT", help="the .model file to write")
+    tool.add_argument("--path", help="folder or glob of C4-format shards (default: the embedded corpus)")
+    tool.add_argument(
+        "--vocab_size", type=_count, default=32000, help="ids that it has (default: %(default)s)"
+    )
+    most = "characters of text that it learns from, at most (default: %(default)s)"
+    tool.add_argument("--max_chars", type=_count, default=50_000_000, help=most)
+
+
+def _add_tokenize(tools) -> None:  # type: ignore[no-untyped-def]
+    about = "write pre-tokenised shards for data.source=tokens; run again, it goes on"
+    tool = _add(tools, "tokenize", tokenize, about)
+    tool.add_argument("out", type=Path, metavar="OUT", help="the folder to write; it takes both splits")
+    tool.add_argument("--path", help="folder or glob of C4-format shards (default: the embedded corpus)")
+    which = "a .model file, or a tokenizer of the hub such as t5-base (default: the embedded corpus's own)"
+    tool.add_argument("--tokenizer", help=which)
+    which = "which shards of --path to write (default: %(default)s)"
+    tool.add_argument("--split", choices=["train", "validation"], default="train", help=which)
+    size = "ids that the model has; a tokenizer with more is refused (default: %(default)s)"
+    tool.add_argument("--vocab_size", type=_count, default=32000, help=size)
+    procs = "processes that share the shards (default: %(default)s)"
+    tool.add_argument("--procs", type=_count, default=1, help=procs)
+
+
+def _add_download(tools) -> None:  # type: ignore[no-untyped-def]
+    about = "fetch shards of C4 from the hub, for machines without internet; run again, it goes on"
+    tool = _add(tools, "download", download, about)
+    tool.add_argument("folder", type=Path, metavar="FOLDER", help="where to put them")
+    which = "training shards FIRST:END, END not included (default: %(default)s)"
+    tool.add_argument("--shards", default="0:64", help=which)
+    tool.add_argument("--no_validation", action="store_true", help="leave out the validation shards")
+    tool.add_argument("--dataset", default="allenai/c4", help="data set of the hub (default: %(default)s)")
+    tool.add_argument("--subset", default="en", help="its folder with the shards (default: %(default)s)")
+    patience = "seconds without a byte before it gives up (default: %(default)s)"
+    tool.add_argument("--patience_s", type=float, default=600.0, help=patience)
+
+
+def _add_generate(tools) -> None:  # type: ignore[no-untyped-def]
+    tool = _add(tools, "generate", generate, "continue a prompt with a trained model, on the CPU")
+    which = "a checkpoint, or a run folder for its newest one"
+    tool.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help=which)
+    tool.add_argument("prompt", metavar="PROMPT", help="text to continue")
+    tool.add_argument("--tokens", type=_count, default=64, help="new tokens, at most (default: %(default)s)")
+    heat = "0 takes the most likely token, more is bolder (default: %(default)s)"
+    tool.add_argument("--temperature", type=float, default=0.0, help=heat)
+    seed = "of the sampling, where the temperature is above 0 (default: %(default)s)"
+    tool.add_argument("--seed", type=int, default=0, help=seed)
+    tool.add_argument("--tokenizer", help="a .model file or a tokenizer of the hub (default: the run's own)")
 
 
 if __name__ == "__main__":

@@ -51,6 +51,7 @@ def tokenize(
         "tokenizer": tokenizer.identity,
         "vocab_size": tokenizer.size,
         "dtype": "uint16" if tokenizer.size <= 1 << 16 else "uint32",
+        "pad": tokenizer.pad_id,
         "eos": tokenizer.eos_id,
     }
     shards = [{"source": name} for name in names]
@@ -76,7 +77,7 @@ def _register(folder: Path, header: dict[str, Any], split: str, shards: list[dic
     """Enter a split into the folder's manifest, or raise DataError where it does not fit what is there."""
     path = folder / MANIFEST
     with FileLock(folder / f".{MANIFEST}.lock"):
-        manifest = _manifest(folder) if path.exists() else header | {"splits": {}}
+        manifest = read_manifest(folder) if path.exists() else header | {"splits": {}}
         for name, value in header.items():
             if manifest[name] != value:
                 raise DataError(
@@ -126,7 +127,7 @@ class TokenShards:
     """
 
     def __init__(self, folder: Path, split: str, vocab_size: int | None = None):
-        manifest = _manifest(folder)
+        manifest = read_manifest(folder)
         self._folder = folder
         self._dtype = np.dtype(manifest["dtype"]).newbyteorder("<")
         self._shards = _complete_split(manifest, folder, split)
@@ -153,8 +154,8 @@ class TokenShards:
         if self.vocab_size is not None and ids.max(initial=0) >= self.vocab_size:
             raise DataError(
                 f"{self._folder / self.names[shard]}, document {index}: id {ids.max()} is not in the "
-                f"vocabulary of {self.vocab_size}. Set data.tokenizer to the one that wrote the tokens "
-                f"({self.tokenizer}) and choose a model.config with its vocabulary, or tokenize again."
+                f"vocabulary of {self.vocab_size}. Choose a model.config with the vocabulary of what wrote "
+                f"the tokens ({self.tokenizer}), or tokenize again."
             )
         return ids
 
@@ -178,7 +179,8 @@ class TokenShards:
         return tokens, offsets
 
 
-def _manifest(folder: Path) -> dict[str, Any]:
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Return what tokens.json of a folder says. Raises DataError where there is none that can be read."""
     path = folder / MANIFEST
     try:
         manifest: dict[str, Any] = json.loads(path.read_text())

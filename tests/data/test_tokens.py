@@ -130,7 +130,7 @@ def test_one_folder_one_tokenizer_one_source(folder, source, tok, tmp_path):
 
 def test_large_vocabularies_take_four_bytes(source, tmp_path):
     class Large:
-        identity, size, eos_id = "large", 70_000, 1
+        identity, size, pad_id, eos_id = "large", 70_000, 0, 1
 
         def encode(self, text):
             return np.array([69_999, len(text), self.eos_id])
@@ -153,7 +153,7 @@ def test_ids_that_the_model_lacks(folder):
     shards = tokens.TokenShards(folder, "train", vocab_size=300)
     shards.document(1, 0)
     with pytest.raises(
-        DataError, match=r"train-00001-of-00003\.tokens, document 1: id 300 .* of 300.*data\.tokenizer"
+        DataError, match=r"train-00001-of-00003\.tokens, document 1: id 300 .* of 300.*model\.config"
     ):
         list(shards.read(1))
     shards.vocab_size = 301
