@@ -266,7 +266,7 @@ def to_yaml(config: Config) -> str:
     """Return the configuration as a commented YAML file that `--config` accepts."""
     parser = _parser("lrpretrain.pretrain")
     values = {s.name: dict(vars(getattr(config, s.name))) for s in fields(Config)}
-    text: str = parser.dump(parser.parse_object(values), skip_none=False, yaml_comments=True)
+    text: str = parser.dump(parser.parse_object(values), skip_unset=False, with_comments=True)
     return text
 
 
@@ -360,7 +360,7 @@ def check(config: Config, n_procs: int) -> list[Problem | str]:
     refuse(
         precision.compute != precision.params and (engine.kind != "fsdp" or precision.params == "bfloat16"),
         "precision.compute",
-        f"{precision.compute} over precision.params={precision.params} is not supported by engine.kind={engine.kind}",
+        f"is not supported over precision.params={precision.params} with engine.kind={engine.kind}",
         "Use bfloat16 over float32 with engine.kind=fsdp (one process will do), or the same for both",
     )
     refuse(

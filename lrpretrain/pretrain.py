@@ -59,19 +59,20 @@ def pretrain(config: Config) -> int:
         return EXIT_STOPPED
     start = _start(config, run_dir)
     proc = env_procs()[0]
-    if start is not None and checkpoint.read_manifest(start)["step"] >= config.train.steps:
+    own = start if start is not None and start.parent == run_dir.checkpoints else None
+    if own is not None and checkpoint.read_manifest(own)["step"] >= config.train.steps:
         if proc == 0:
-            say(f"This run is complete: {start}")
+            say(f"This run is complete: {own}")
             say(summary(run_dir))
             say("To start another, give another --run.dir; to train this one on, raise --train.steps.")
         return 0
     run_dir.create(fresh=start is None and config.run.resume == "never")
     tokenizer = configured(config, llama.load_config(config.model).vocab_size)
     device = pick_device()
-    guard = Guard()
     progress = Progress()
     try:
-        code = _run(config, run_dir, tokenizer, device, guard, start, progress)
+        with Guard() as guard:
+            code = _run(config, run_dir, tokenizer, device, guard, start, progress)
     except BaseException as error:
         if proc == 0:
             code = error.exit_code if isinstance(error, LrpretrainError) else 1
@@ -79,7 +80,9 @@ def pretrain(config: Config) -> int:
             run_dir.write_status("failed", progress.step, reason, code, launch_id=launch_id())
         raise
     if proc == 0:
-        state, reason = ("finished", "") if code == 0 else ("stopped", guard.reason or "a signal on another process")
+        state, reason = (
+            ("finished", "") if code == 0 else ("stopped", guard.reason or "a signal on another process")
+        )
         run_dir.write_status(state, progress.step, reason, code, launch_id=launch_id())
         stopped = f"stopped by {reason} at step {progress.step}, checkpoint saved; start again to go on"
         say(summary(run_dir) if code == 0 else stopped)

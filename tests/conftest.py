@@ -23,3 +23,11 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
         if "slow" in item.keywords and not config.getoption("--full"):
             item.add_marker(pytest.mark.skip(reason="slow: only under --full"))
+
+
+@pytest.fixture(scope="session")
+def bench(tmp_path_factory):
+    """A folder with a tiny model, text and tokenizer, shared by all tests."""
+    from runs import Bench
+
+    return Bench(tmp_path_factory.mktemp("bench"))

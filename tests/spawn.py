@@ -10,7 +10,7 @@ import torch.multiprocessing as mp
 
 
 def spawn(function, n_procs, *args):
-    """Call `function(*args)` in `n_procs` processes with a default group; return the results in their order."""
+    """Call `function(*args)` in `n_procs` processes with a default group; return their results in order."""
     with tempfile.TemporaryDirectory() as folder:
         mp.start_processes(_main, (function, n_procs, folder, args), n_procs, start_method="spawn")
         results = [torch.load(f"{folder}/{proc}.pt", weights_only=False) for proc in range(n_procs)]

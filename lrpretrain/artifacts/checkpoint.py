@@ -53,7 +53,7 @@ def save(folder: Path, pieces: Mapping[str, Piece], run: Mapping[str, Any], proc
     _raise_together(error, procs, f"{path} cannot be written")
     state = {name: _Tiles(piece) for name, piece in pieces.items()}
     error = _attempt(
-        lambda: dcp.save(state, checkpoint_id=path / "tensors", no_dist=not dist.is_initialized())  # type: ignore[arg-type]
+        lambda: dcp.save(state, checkpoint_id=path / "tensors", no_dist=not dist.is_initialized())
     )
     _raise_together(error, procs, f"{path} cannot be written")
     if procs.is_first:
@@ -72,8 +72,8 @@ def save(folder: Path, pieces: Mapping[str, Piece], run: Mapping[str, Any], proc
     return path
 
 
-def load(path: Path, pieces: Mapping[str, Piece], procs: Procs) -> dict[str, Any]:
-    """Read a checkpoint into the tensors of `pieces`, and return its run.json. All processes must call it.
+def load(path: Path, pieces: Mapping[str, Piece], procs: Procs) -> None:
+    """Read a checkpoint into the tensors of `pieces`. All processes must call it.
 
     Raises CheckpointError if it is incomplete, damaged, of another model or optimizer, or of a newer format.
     """
@@ -93,14 +93,21 @@ def load(path: Path, pieces: Mapping[str, Piece], procs: Procs) -> dict[str, Any
     error = verify(path, manifest, procs)
     _raise_together(error, procs, f"{path} is damaged")
     state = {name: _Tiles(piece) for name, piece in pieces.items()}
-    error = _attempt(lambda: dcp.load(state, checkpoint_id=path / "tensors", no_dist=not dist.is_initialized()))  # type: ignore[arg-type]
+    error = _attempt(
+        lambda: dcp.load(state, checkpoint_id=path / "tensors", no_dist=not dist.is_initialized())
+    )
     _raise_together(error, procs, f"{path} cannot be read")
-    return read_run(path)
 
 
 def read_run(path: Path) -> dict[str, Any]:
-    """Return run.json of a checkpoint: step, tokens, data position, random state, configuration."""
-    run: dict[str, Any] = json.loads((path / "run.json").read_text())
+    """Return run.json of a checkpoint: step, tokens, data position, random state, configuration.
+
+    Raises CheckpointError where it cannot be read.
+    """
+    try:
+        run: dict[str, Any] = json.loads((path / "run.json").read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}/run.json cannot be read: {error}. Use another checkpoint.") from error
     return run
 
 
@@ -120,12 +127,16 @@ def read_manifest(path: Path) -> dict[str, Any]:
         manifest: dict[str, Any] = json.loads((path / "manifest.json").read_text())
     except FileNotFoundError as error:
         remedy = "Name a folder step_XXXXXXXX that holds one"
-        raise CheckpointError(f"{path} holds no manifest.json: it is no complete checkpoint. {remedy}.") from error
+        raise CheckpointError(
+            f"{path} holds no manifest.json: it is no complete checkpoint. {remedy}."
+        ) from error
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}/manifest.json cannot be read: {error}. Use another checkpoint.") from error
+        raise CheckpointError(
+            f"{path}/manifest.json cannot be read: {error}. Use another checkpoint."
+        ) from error
     if manifest["format"] != FORMAT:
         raise CheckpointError(
-            f"{path} has format {manifest['format']}, and this version reads {FORMAT}. Use a newer lrpretrain."
+            f"{path} has format {manifest['format']}, this version reads {FORMAT}. Use a newer lrpretrain."
         )
     return manifest
 
@@ -154,7 +165,7 @@ class _Tiles(Tensor):
         return tensor
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         raise TypeError(f"{func} on a tensor that only a checkpoint should touch")
 
     def __create_write_items__(self, fqn: str, object: Any) -> list[WriteItem]:
@@ -162,7 +173,9 @@ class _Tiles(Tensor):
             TensorWriteData(chunk, TensorProperties.create_from_tensor(self._piece.tensor), self.size())
             for chunk in self.__create_chunk_list__()
         )
-        return [WriteItem(MetadataIndex(fqn, d.chunk.offsets), WriteItemType.SHARD, tensor_data=d) for d in data]
+        return [
+            WriteItem(MetadataIndex(fqn, d.chunk.offsets), WriteItemType.SHARD, tensor_data=d) for d in data
+        ]
 
     def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
         tile = self._piece.tile
@@ -172,9 +185,6 @@ class _Tiles(Tensor):
 
     def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
         return self._piece.tensor
-
-    def __repr__(self, **_: Any) -> str:
-        return f"_Tiles({self._piece.shape}, {self._piece.tile})"
 
 
 def _attempt(action: Any) -> str | None:

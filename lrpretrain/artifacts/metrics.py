@@ -19,7 +19,9 @@ PEAK_FLOPS = {"A100": 312e12, "H100 PCIe": 756e12, "H100": 989e12, "H200": 989e1
 class Metrics:
     """Writes what a step measured; only the first process has one."""
 
-    def __init__(self, run_dir: RunDir, start_step: int, total_steps: int, flops_per_token: float, n_procs: int):
+    def __init__(
+        self, run_dir: RunDir, start_step: int, total_steps: int, flops_per_token: float, n_procs: int
+    ):
         from torch.utils.tensorboard import SummaryWriter
 
         self._file = open(run_dir.metrics, "a", buffering=1)  # noqa: SIM115 - lives as long as the run
@@ -137,7 +139,9 @@ def peak_flops() -> float:
     if not torch.cuda.is_available():
         return 0.0
     name = torch.cuda.get_device_name()
-    return next((flops for key, flops in PEAK_FLOPS.items() if all(part in name for part in key.split())), 0.0)
+    return next(
+        (flops for key, flops in PEAK_FLOPS.items() if all(part in name for part in key.split())), 0.0
+    )
 
 
 def peak_gib() -> float:

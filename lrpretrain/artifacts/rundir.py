@@ -31,7 +31,7 @@ class RunDir:
     def create(self, *, fresh: bool) -> None:
         """Make the folder and see that it can be written to.
 
-        Raises ConfigError where it cannot, or where a run with metrics lies there and a `fresh` one is wanted.
+        Raises ConfigError where it cannot, or where a run lies there and a `fresh` one is wanted.
         """
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
@@ -44,7 +44,9 @@ class RunDir:
             raise ConfigError([problem]) from error
         if fresh and self.metrics.exists() and self.metrics.stat().st_size:
             remedy = "Name another folder, or use run.resume=auto"
-            raise ConfigError([Problem("run.dir", str(self.path), "holds a run, which would be overwritten", remedy)])
+            raise ConfigError(
+                [Problem("run.dir", str(self.path), "holds a run, which would be overwritten", remedy)]
+            )
 
     def describe(self, config: Config, n_procs: int, device: torch.device) -> None:
         """Write config.yaml and environment.json."""
@@ -56,7 +58,9 @@ class RunDir:
             "packages": {name: _version(name) for name in packages},
             "host": socket.gethostname(),
             "n_procs": n_procs,
-            "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or "cpu",
+            "device": torch.cuda.get_device_name()
+            if device.type == "cuda"
+            else platform.processor() or "cpu",
             "command": sys.argv,
         }
         write_atomically(self.path / "environment.json", json.dumps(environment, indent=2) + "\n")
@@ -69,7 +73,9 @@ class RunDir:
             return {}
         return status
 
-    def write_status(self, state: str, step: int, reason: str = "", exit_code: int | None = None, **more: Any) -> None:
+    def write_status(
+        self, state: str, step: int, reason: str = "", exit_code: int | None = None, **more: Any
+    ) -> None:
         """Write status.json: `state` is running, finished, stopped or failed."""
         status = {"state": state, "step": step, "reason": reason, "exit_code": exit_code, **more}
         write_atomically(self._status, json.dumps(status, indent=2) + "\n")

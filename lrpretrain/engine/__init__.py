@@ -32,7 +32,7 @@ def build_engine(
         engine.compute = dtypes[config.precision.compute]
         engine.accumulate_unsharded = config.engine.accumulate_unsharded
     engine.lay_out()
-    llama.initialize(model, engine.holdings, config.train.seed)
+    llama.initialize(engine.holdings, config.train.seed, model.config.initializer_range)
     if isinstance(engine, DDP):
         engine.wrap()
     engine.optimizer = build_optimizer(model.named_parameters(), config.optim)

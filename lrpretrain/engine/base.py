@@ -1,4 +1,4 @@
-"""How a step runs: forward, backward, clip, update. The training loop knows engines by this interface only."""
+"""How a step runs: forward, backward, clip, update. The training loop knows engines by this only."""
 
 from __future__ import annotations
 
@@ -25,7 +25,9 @@ class Engine:
     from token ids (b, l); None is plain causal attention.
     """
 
-    def __init__(self, model: LlamaForCausalLM, procs: Procs, device: torch.device, pad_id: int, mask: Mask | None):
+    def __init__(
+        self, model: LlamaForCausalLM, procs: Procs, device: torch.device, pad_id: int, mask: Mask | None
+    ):
         self.model = model
         self.forward: nn.Module = model
         self.procs = procs
@@ -34,12 +36,18 @@ class Engine:
         self.mask = mask
         self.optimizer: ShardedOptimizer  # set once the parameters are where they stay
 
+    def lay_out(self) -> None:
+        """Lay out the model, which has no memory yet, over the processes, and give it memory."""
+        raise NotImplementedError
+
     @property
     def holdings(self) -> list[Holding]:
         """What this process holds of every parameter."""
         return [hold(name, param) for name, param in self.model.named_parameters()]
 
-    def train_step(self, micros: Sequence[Tensor], targets: int, clip_norm: float | None) -> tuple[Tensor, Tensor]:
+    def train_step(
+        self, micros: Sequence[Tensor], targets: int, clip_norm: float | None
+    ) -> tuple[Tensor, Tensor]:
         """Run forward and backward over this process's micro-batches of ids (b, l), and clip.
 
         `targets` is the number of tokens that the loss of the whole step is taken over, on all processes:
@@ -96,25 +104,11 @@ class Engine:
 
     def clip(self, max_norm: float | None) -> Tensor:
         """Scale the gradients down to `max_norm`, and return the norm that they had, over all processes."""
-        params = [p for p in self.model.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm([p.grad for p in params])
+        params = list(self.model.parameters())
+        norm = torch.nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
         if max_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(params, max_norm, norm)
         return norm.full_tensor() if isinstance(norm, torch.distributed.tensor.DTensor) else norm
-
-    def subspace_metrics(self) -> dict[str, float]:
-        """Return the means over the refreshes since the last call: energy, overlap, time. Empty without any."""
-        rule = self.optimizer.rule
-        notes, matrices = (rule.refreshes, self.optimizer.n_matrices) if rule is not None else ([], 0)
-        if not notes:
-            return {}
-        rule.refreshes = []
-        values = {"subspace/refreshes": sum(n["matrices"] for n in notes), "subspace/matrices": matrices}
-        for key in ("energy", "overlap"):
-            known = [(float(n[key]), n["matrices"]) for n in notes if key in n]
-            if known:
-                values[f"subspace/{key}"] = sum(v * w for v, w in known) / sum(w for _, w in known)
-        return values | {"perf/refresh_ms": sum(n["ms"] for n in notes)}
 
     def optimizer_bytes(self) -> int:
         """Return the bytes of optimizer state on this process."""

@@ -38,8 +38,8 @@ def unusable_gpu() -> str | None:
     name, driver = (part.strip() for part in found.stdout.splitlines()[0].split(",")[:2])
     built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
     return (
-        f"This machine has a GPU ({name}, driver {driver}) that torch {torch.__version__} ({built}) cannot use: "
-        "training on the CPU. Install a driver or a torch build that fit each other."
+        f"This machine has a GPU ({name}, driver {driver}) that torch {torch.__version__} ({built})"
+        " cannot use: training on the CPU. Install a driver or a torch build that fit each other."
     )
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import torch
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from lrpretrain.engine.base import Engine
 from lrpretrain.model.llama import materialize
@@ -32,5 +32,6 @@ class FSDP(Engine):
     @contextlib.contextmanager
     def accumulation(self, last: bool) -> Iterator[None]:
         """Reduce-scatter after every micro-batch, or once a step with `accumulate_unsharded`."""
+        assert isinstance(self.model, FSDPModule)  # fully_shard changed its class
         self.model.set_requires_gradient_sync(last or not self.accumulate_unsharded)
         yield

@@ -29,5 +29,6 @@ class DDP(Local):
     @contextlib.contextmanager
     def accumulation(self, last: bool) -> Iterator[None]:
         """Communicate at the last micro-batch only: the gradients are whole in any case."""
+        assert isinstance(self.forward, DistributedDataParallel)
         with contextlib.nullcontext() if last else self.forward.no_sync():
             yield

@@ -28,7 +28,9 @@ def load_config(model: ModelConfig) -> LlamaConfig:
     path = find_shipped("model_configs", model.config)
     if path is None:
         remedy = f"Give a Hugging Face config.json or one of {', '.join(shipped_names('model_configs'))}"
-        raise ConfigError([Problem("model.config", model.config, "is neither a file nor a shipped model", remedy)])
+        raise ConfigError(
+            [Problem("model.config", model.config, "is neither a file nor a shipped model", remedy)]
+        )
     try:
         values = json.loads(path.read_text())
         kind = values.get("model_type")
@@ -57,9 +59,8 @@ def materialize(model: LlamaForCausalLM, device: torch.device) -> None:
 
 
 @torch.no_grad()
-def initialize(model: nn.Module, holdings: Iterable[Holding], seed: int) -> None:
-    """Fill this process's tiles: normal(0, initializer_range) for matrices, 1 for norms."""
-    std = model.config.initializer_range
+def initialize(holdings: Iterable[Holding], seed: int, std: float) -> None:
+    """Fill this process's tiles: normal(0, std) for matrices, 1 for norms."""
     for holding in holdings:
         if len(holding.shape) == 1:
             holding.weight.fill_(1)

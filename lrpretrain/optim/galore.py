@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from lrpretrain.optim.adamw import Group, adam_direction, step_sizes
+from lrpretrain.optim.rule import Refresh, Slot
 from lrpretrain.optim.subspace import leading_subspace, leading_subspaces
 from lrpretrain.sharding.algebra import Matrices
 from lrpretrain.sharding.tiles import Tile
@@ -53,28 +54,29 @@ class GaLore:
     """The rule; one object serves all batches of matrices of an optimizer."""
 
     def __init__(self) -> None:
-        self.refreshes: list[dict[str, Tensor | float]] = []
+        self.refreshes: list[Refresh] = []
 
     def transposed(self, shape: Sequence[int], hp: Group) -> bool:
         """Say whether matrices of this shape are handled as their transposes."""
         return side_of(shape, hp["proj_type"]) == "left"
 
-    def state(self, W: Matrices, hp: Group) -> dict[str, tuple[Tensor, tuple[int, ...], Tile]]:
-        """Return the initial state: for each key the stacked tensor, and the shape and tile of one entry."""
+    def state(self, W: Matrices, hp: Group) -> dict[str, Slot]:
+        """Return the initial state: side, basis, moments; for `full` the left basis as well."""
         (m, n), r, like = W.shape, hp["rank"], W.tensors[0]
         side = side_of(W.holdings[0].shape, hp["proj_type"])
 
-        def zeros(shape: tuple[int, ...], tile: Tile) -> tuple[Tensor, tuple[int, ...], Tile]:
-            return like.new_zeros(len(W), *tile.sizes), shape, tile
+        def zeros(shape: tuple[int, ...], tile: Tile) -> Slot:
+            return Slot(like.new_zeros(len(W), *tile.sizes), shape, tile)
 
-        moments = (m, r), W.tile.along(0, r)
-        state = {"side": (torch.full((len(W),), SIDES[side]), (), Tile.whole(()))}
-        state["basis"] = zeros((n, r), Tile.whole((n, r)))
-        if side == "full":
-            state["basis_left"] = zeros((m, r), Tile.whole((m, r)))
-            moments = (r, r), Tile.whole((r, r))
-        state["exp_avg"], state["exp_avg_sq"] = zeros(*moments), zeros(*moments)
-        return state
+        R = (r, r) if side == "full" else (m, r)
+        lies = Tile.whole(R) if side == "full" else W.tile.along(0, r)
+        state = {
+            "side": Slot(torch.full((len(W),), SIDES[side]), (), Tile.whole(())),
+            "basis": zeros((n, r), Tile.whole((n, r))),
+            "exp_avg": zeros(R, lies),
+            "exp_avg_sq": zeros(R, lies),
+        }
+        return state | ({"basis_left": zeros((m, r), Tile.whole((m, r)))} if side == "full" else {})
 
     def update(self, W: Matrices, G: Matrices, s: dict[str, Tensor], hp: Group) -> None:
         """Update a batch of matrices and its state in place. All processes that hold a tile must call it."""
@@ -111,9 +113,7 @@ class GaLore:
         R = (G @ P.to(G.tensors[0].dtype)).float()
         kept = G.inner(R, R).diagonal(dim1=-2, dim2=-1).sum(-1)  # ‖G P‖²
         energy = kept / G.square_sum().clamp_min(torch.finfo(torch.float32).tiny)
-        note: dict[str, Tensor | float] = {"energy": energy.mean()}
-        if old is not None:
-            note["overlap"] = ((old.mT @ P).square().sum((-2, -1)) / P.shape[-1]).mean()
+        overlap = None if old is None else (old.mT @ P).square().sum((-2, -1)).mean() / P.shape[-1]
         if P.is_cuda:
             torch.cuda.synchronize()
-        self.refreshes.append(note | {"ms": (time.perf_counter() - began) * 1e3, "matrices": float(len(G))})
+        self.refreshes.append(Refresh(len(G), energy.mean(), overlap, (time.perf_counter() - began) * 1e3))

@@ -1,4 +1,4 @@
-"""Which parameters the rule applies to, and with what: from a configuration to param groups and an optimizer."""
+"""Which parameters the rule applies to: from a configuration to param groups and an optimizer."""
 
 from __future__ import annotations
 

@@ -9,32 +9,18 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from lrpretrain.errors import ConfigError
-from lrpretrain.optim.adamw import Group, adamw
+from lrpretrain.optim.adamw import adamw
 from lrpretrain.optim.galore import GaLore
+from lrpretrain.optim.rule import Rule, Slot
 from lrpretrain.sharding import Holding, Piece, Tile, hold
 from lrpretrain.sharding.algebra import Matrices
-
-
-class Rule(Protocol):
-    """What a matrix rule provides; see optim/galore.py for one."""
-
-    refreshes: list[dict[str, Tensor | float]]
-
-    def transposed(self, shape: tuple[int, ...], hp: Group) -> bool:
-        """Say whether matrices of this shape are handled as their transposes."""
-
-    def state(self, W: Matrices, hp: Group) -> dict[str, tuple[Tensor, tuple[int, ...], Tile]]:
-        """Return the initial state of a batch: stacked tensor, and shape and tile of one entry, by key."""
-
-    def update(self, W: Matrices, G: Matrices, s: dict[str, Tensor], hp: Group) -> None:
-        """Update a batch of matrices and its state in place; `s` holds `step` (b,) besides."""
 
 
 @dataclass
@@ -98,7 +84,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
             self._add_matrices(group, holdings, self.rule)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient; return what `closure` returned."""
         loss = None
         if closure is not None:
@@ -130,10 +116,22 @@ class ShardedOptimizer(torch.optim.Optimizer):
             for key, piece in pieces.items():
                 yield name, key, piece
 
-    @property
-    def n_matrices(self) -> int:
-        """The number of matrices that the rule applies to."""
-        return sum(len(batch.holdings) for batch in self._batches)
+    def subspace_metrics(self) -> dict[str, float]:
+        """Return the means over the refreshes since the last call, if there were any: energy, overlap, time."""
+        if self.rule is None or not self.rule.refreshes:
+            return {}
+        notes, self.rule.refreshes = self.rule.refreshes, []
+        matrices = sum(note.matrices for note in notes)
+        values = {
+            "subspace/refreshes": matrices,
+            "subspace/matrices": sum(len(batch.holdings) for batch in self._batches),
+            "subspace/energy": sum(float(n.energy) * n.matrices for n in notes) / matrices,
+            "perf/refresh_ms": sum(n.ms for n in notes),
+        }
+        renewed = [(float(n.overlap), n.matrices) for n in notes if n.overlap is not None]
+        if renewed:
+            values["subspace/overlap"] = sum(o * k for o, k in renewed) / sum(k for _, k in renewed)
+        return values
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict()` returned, on the same sharding.
@@ -157,11 +155,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
                     or saved.shape != tensor.shape
                     or (key == "side" and int(saved) != int(tensor))
                 ):
-                    raise ConfigError(
-                        [
-                            f"the saved state of parameter {index} has no matching {key!r}. Use the same rule, rank and side."
-                        ]
-                    )
+                    what = f"the saved state of parameter {index} has no matching {key!r}"
+                    raise ConfigError([f"{what}. Use the same rule, rank and side."])
                 tensor.copy_(saved)
         for group, saved in zip(self.param_groups, theirs, strict=True):
             group.update({k: v for k, v in saved.items() if k not in ("params", "param_names")})
@@ -192,7 +187,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
                 hp = _Clamped(group, min(shape))
             transposed = rule.transposed(shape, hp)
             slots = rule.state(Matrices(members, lambda h: h.weight, transposed), hp)
-            slots["step"] = torch.zeros(len(members), dtype=torch.int64), (), Tile.whole(())
+            slots["step"] = Slot(torch.zeros(len(members), dtype=torch.int64), (), Tile.whole(()))
             for i, h in enumerate(members):
                 self._register(h, {key: Piece(t[i], shape, tile) for key, (t, shape, tile) in slots.items()})
             self._batches.append(

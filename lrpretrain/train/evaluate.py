@@ -40,7 +40,12 @@ class Evaluator:
                 total += engine.loss_sum(ids)
         loss = float(engine.total(total)) / self._targets
         seconds = time.perf_counter() - began
-        return {"valid/loss": loss, "valid/ppl": perplexity(loss), "valid/targets": self._targets, "perf/eval_s": seconds}
+        return {
+            "valid/loss": loss,
+            "valid/ppl": perplexity(loss),
+            "valid/targets": self._targets,
+            "perf/eval_s": seconds,
+        }
 
     def _read(self) -> None:
         self._rows, tokens = [], 0
@@ -57,7 +62,7 @@ def split(rows: npt.NDArray[np.integer], micro_batch: int) -> list[torch.Tensor]
 
 
 def continue_prompt(engine: Engine, tokenizer: Tokenizer, prompt: str) -> str:
-    """Return the prompt and what the model finds most likely after it, on one line. All processes must call it."""
+    """Return the prompt and what is most likely after it, on one line. All processes must call it."""
     ids = tokenizer.encode(prompt)[:-1].tolist()  # without the eos
     for _ in range(SAMPLE_TOKENS):
         following = int(engine.next_logits(torch.tensor([ids])).argmax())

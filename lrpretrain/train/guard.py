@@ -6,6 +6,7 @@ import os
 import signal
 import time
 from types import FrameType
+from typing import Any
 
 from lrpretrain.errors import EXIT_STOPPED
 
@@ -13,7 +14,7 @@ SAME_SIGNAL_S = 5.0
 
 
 class Guard:
-    """Notes SIGTERM, SIGINT and SIGUSR1; the loop asks `wants_stop` and agrees on it across processes.
+    """Notes SIGTERM, SIGINT and SIGUSR1 while it is entered; the loop agrees on a stop across processes.
 
     A launcher and its process group may both deliver a signal: within 5 s it counts as the same one.
     """
@@ -21,8 +22,16 @@ class Guard:
     def __init__(self) -> None:
         self.reason: str | None = None
         self._since = 0.0
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Guard:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            signal.signal(number, self._note)
+            self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     @property
     def wants_stop(self) -> bool:

@@ -50,7 +50,7 @@ class Trainer:
     progress: Progress = field(default_factory=Progress)
 
     def train(self) -> int:
-        """Train to the last step; return the exit code: 0, or 75 when a signal stopped it with a checkpoint saved.
+        """Train to the last step; return the exit code: 0, or 75 when a signal stopped it, checkpoint saved.
 
         Raises DataError where the data ends early or breaks, with a checkpoint saved, and NonFiniteError
         before a gradient that is not finite could touch anything.
@@ -112,11 +112,13 @@ class Trainer:
     def _step(self, batch: Batch) -> tuple[torch.Tensor, float]:
         """Do one optimizer step; return this process's sum of token losses and the gradient's norm."""
         train, engine, progress = self.config.train, self.engine, self.progress
-        loss_sum, norm = engine.train_step(split(batch.ids, train.micro_batch), batch.targets, train.clip_norm)
+        loss_sum, norm = engine.train_step(
+            split(batch.ids, train.micro_batch), batch.targets, train.clip_norm
+        )
         if not math.isfinite(grad_norm := float(norm)):
             raise NonFiniteError(
-                f"the gradient of step {progress.step + 1} is not finite (norm {grad_norm}); nothing was updated. "
-                "Lower optim.lr, set train.clip_norm, or look at the data of this step."
+                f"the gradient of step {progress.step + 1} is not finite (norm {grad_norm}); nothing was updated."
+                " Lower optim.lr, set train.clip_norm, or look at the data of this step."
             )
         began = time.perf_counter()
         engine.update(lr_ratio(progress.step, train))
@@ -136,7 +138,7 @@ class Trainer:
     def _log(self, values: dict[str, float]) -> None:
         prompt = self.config.train.prompt if "valid/loss" in values else None
         text = None if prompt is None else continue_prompt(self.engine, self.tokenizer, prompt)
-        values |= self.engine.subspace_metrics()
+        values |= self.engine.optimizer.subspace_metrics()
         if self.metrics is not None:
             values["mem/optim_gib"] = self.engine.optimizer_bytes() / 2**30
             self.metrics.log(self.progress.step, self.progress.tokens, values, text)
@@ -160,7 +162,7 @@ def resume(path: Path, engine: Engine, config: Config, procs: Procs) -> tuple[Pr
     Raises CheckpointError for one that is damaged or of another model, ConfigError for one whose run was
     configured otherwise in what cannot change on the way.
     """
-    run = checkpoint.load(path, engine.pieces(), procs)
+    run = checkpoint.read_run(path)
     problems: list[Problem | str] = []
     for key in IDENTITY:
         section, name = key.split(".")
@@ -168,7 +170,11 @@ def resume(path: Path, engine: Engine, config: Config, procs: Procs) -> tuple[Pr
         if then != now:
             remedy = "Go on with that value, or start another run in another run.dir"
             problems.append(Problem(key, now, f"the checkpoint {path} was written with {then!r}", remedy))
+    if run["step"] >= config.train.steps:
+        reason = f"{path} is at step {run['step']} already"
+        problems.append(Problem("train.steps", config.train.steps, reason, "Raise it"))
     if problems:
         raise ConfigError(problems)
+    checkpoint.load(path, engine.pieces(), procs)
     torch.set_rng_state(torch.frombuffer(bytearray(base64.b64decode(run["random"])), dtype=torch.uint8))
     return Progress(run["step"], run["tokens"], run["step"]), run["data"]

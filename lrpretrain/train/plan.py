@@ -19,7 +19,9 @@ def problems(config: Config, n_procs: int) -> list[Problem | str]:
         return [*found, *error.problems]
     if config.data.seq_len > shape.max_position_embeddings:
         reason = f"is longer than the model's {shape.max_position_embeddings} positions"
-        found.append(Problem("data.seq_len", config.data.seq_len, reason, "Lower it, or use another model.config"))
+        found.append(
+            Problem("data.seq_len", config.data.seq_len, reason, "Lower it, or use another model.config")
+        )
     return found + groups.problems(llama.shapes(llama.build(shape)), config.optim)
 
 
@@ -36,8 +38,8 @@ def describe(config: Config, n_procs: int) -> str:
     regular = sum(sizes.values()) - projected
     per_step = train.global_batch * data.seq_len
     lines = [
-        f"{n_procs} processes × {train.micro_batch} micro-batch × {micros} accumulation × {data.seq_len} tokens"
-        f" = {n_procs * train.micro_batch * micros * data.seq_len:,} tokens per step",
+        f"{n_procs} processes × {train.micro_batch} micro-batch × {micros} accumulation"
+        f" × {data.seq_len} tokens = {n_procs * train.micro_batch * micros * data.seq_len:,} tokens per step",
         f"{train.steps:,} steps × {per_step:,} tokens = {train.steps * per_step:,} tokens"
         + (" (pads included)" if data.sequences == "pad" else ""),
         f"{len(shapes)} parameters: {projected:,} projected + {regular:,} regular = {sum(sizes.values()):,}",

@@ -1,0 +1,58 @@
+"""One trajectory on any sharding: the same losses on 1, 2 and 3 processes, for the real training command."""
+
+import itertools
+
+import pytest
+from runs import launch
+
+CASES = list(itertools.product(["galore", "adamw"], ["pad", "pack"]))
+
+
+def lines(bench, n_procs, engine, **more):
+    return [
+        bench.options(
+            f"{rule}-{sequences}-{engine}{n_procs}{''.join(more)}",
+            optim__rule=rule,
+            data__sequences=sequences,
+            engine__kind=engine,
+            # 12 sequences a step = 3 × 2 × 2 = 2 × 2 × 3 = 1 × 2 × 6: accumulation everywhere.
+            **more,
+        )
+        for rule, sequences in CASES
+    ]
+
+
+@pytest.fixture(scope="module")
+def reference(bench):
+    assert launch(1, lines(bench, 1, "local")) == [0] * len(CASES)
+    return {(rule, seq): bench.losses(f"{rule}-{seq}-local1") for rule, seq in CASES}
+
+
+def agree(bench, reference, n_procs, engine, more=""):
+    for rule, sequences in CASES:
+        ours = bench.losses(f"{rule}-{sequences}-{engine}{n_procs}{more}")
+        theirs = reference[rule, sequences]
+        assert len(theirs) == 30
+        assert theirs[30] < theirs[1] - 0.3  # it learns
+        assert ours == pytest.approx(theirs, rel=1e-4)
+
+
+@pytest.mark.parametrize(("n_procs", "engines"), [(2, ["fsdp", "ddp"]), (3, ["fsdp"])])
+def test_losses_do_not_depend_on_the_layout(bench, reference, n_procs, engines):
+    command_lines = [line for engine in engines for line in lines(bench, n_procs, engine)]
+    if n_procs == 2:
+        command_lines += lines(bench, 2, "fsdp", engine__accumulate_unsharded="true")
+    assert launch(n_procs, command_lines) == [0] * len(command_lines)
+    for engine in engines:
+        agree(bench, reference, n_procs, engine)
+    if n_procs == 2:
+        agree(bench, reference, 2, "fsdp", "engine__accumulate_unsharded")
+
+
+def test_a_run_goes_on_with_another_number_of_processes(bench, reference):
+    """Ten steps on three processes, ten on one, ten on two."""
+    for n_procs, engine, keep in [(3, "fsdp", 10), (1, "local", 20), (2, "fsdp", 30)]:
+        argv = bench.options("moving", engine__kind=engine, data__sequences="pack", train__save_every=10)
+        assert launch(n_procs, [argv]) == [0]
+        assert bench.losses("moving") == pytest.approx(reference["galore", "pack"], rel=1e-4)
+        bench.forget_after("moving", keep)

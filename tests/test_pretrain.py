@@ -1,0 +1,247 @@
+"""The training command as a user meets it: killed, stopped, misused, and going on."""
+
+import gzip
+import json
+import random
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import runs
+from runs import finish, kill_at, launch
+
+from lrpretrain.pretrain import main
+
+SEED = 20261122
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(bench):
+    argv = bench.options(
+        "uninterrupted", train__steps=60, train__save_every=7, train__eval_every=20, train__eval_tokens=500
+    )
+    assert launch(1, [argv]) == [0]
+    return bench.metrics("uninterrupted")
+
+
+def measured(metrics):
+    """Return what must repeat to the bit: losses, rates, norms and counts by step, no times."""
+    return [{k: v for k, v in e.items() if not k.startswith(("perf/", "mem/"))} for e in metrics]
+
+
+def test_three_sigkills_at_random_steps_change_nothing(bench, uninterrupted):
+    rng = random.Random(SEED)
+    argv = bench.options(
+        "killed", train__steps=60, train__save_every=7, train__eval_every=20, train__eval_tokens=500
+    )
+    steps = sorted(rng.sample(range(5, 58), 3))
+    for step in steps:
+        code, output = kill_at(argv, f"step {step:06d}/")
+        assert code == -signal.SIGKILL, output
+    # Once more right after a resume: two resumes in a row without a step between.
+    code, output = kill_at(argv, "resumed from")
+    assert code == -signal.SIGKILL, output
+    code, output = finish(argv)
+    assert code == 0, output
+    assert "resumed from" in output
+    assert measured(bench.metrics("killed")) == measured(uninterrupted)
+    assert bench.status("killed")["state"] == "finished"
+
+
+def test_the_run_folder_is_as_contracted(bench, uninterrupted):
+    folder = bench.folder / "uninterrupted"
+    assert bench.status("uninterrupted") == {
+        "state": "finished", "step": 60, "reason": "", "exit_code": 0, "launch_id": None
+    }  # fmt: skip
+    assert [p.name for p in sorted((folder / "checkpoints").iterdir())] == [
+        "step_00000049", "step_00000056", "step_00000060"
+    ]  # fmt: skip
+    assert json.loads((folder / "environment.json").read_text())["n_procs"] == 1
+    assert list((folder / "tensorboard").glob("events.*"))
+    first, last = uninterrupted[0], uninterrupted[-1]
+    assert first["step"] == 0
+    assert first["valid/loss"] > last["valid/loss"]
+    for key in (
+        "tokens train/loss train/lr train/grad_norm perf/tokens_per_s perf/step_ms perf/data_wait_ms".split()
+    ):
+        assert key in last
+    refreshed = [e for e in uninterrupted if "subspace/energy" in e]
+    assert [e["step"] for e in refreshed] == list(range(1, 61, 7))
+    assert all(0 < e["subspace/energy"] <= 1.001 and e["perf/refresh_ms"] > 0 for e in refreshed)
+    assert all(0 <= e["subspace/overlap"] <= 1.001 for e in refreshed[1:])
+    # The written configuration is a valid --config of the same run.
+    assert finish(["--config", str(folder / "config.yaml")])[0] == 0
+
+
+def test_a_complete_run_says_so(bench, uninterrupted):
+    argv = bench.options("uninterrupted", train__steps=60, train__save_every=7)
+    code, output = finish(argv)
+    assert code == 0
+    for said in ("complete", "--run.dir", "validation perplexity", "tensorboard --logdir"):
+        assert said in output
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_stops_with_a_checkpoint(bench, number):
+    run = f"signal{number}"
+    argv = bench.options(run, train__steps=2000, train__warmup_steps=10)
+    code, output = kill_at(argv, "step 000020/", number)
+    assert code == 75, output
+    status = bench.status(run)
+    assert (status["state"], status["exit_code"], status["reason"]) == (
+        "stopped",
+        75,
+        signal.Signals(number).name,
+    )
+    assert (bench.folder / run / "checkpoints" / f"step_{status['step']:08d}" / "manifest.json").exists()
+
+
+def test_torchrun_does_not_restart_a_deliberate_stop(bench, monkeypatch, tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "status.json").write_text(json.dumps({"exit_code": 75, "launch_id": "job"}))
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert main(bench.options("x", run__dir=folder)) == 75
+    assert not (folder / "metrics.jsonl").exists()
+
+
+def fails(capfd, argv, code, *said):
+    """Run in this process and expect an exit code and words in the message, which is no traceback."""
+    assert launch_one(argv) == code
+    error = capfd.readouterr().err
+    assert error.startswith("lrpretrain: "), error
+    for words in said:
+        assert words in error, error
+
+
+def launch_one(argv):
+    import torch.distributed as dist
+
+    try:
+        return main([str(a) for a in argv])
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def broken_text(bench, name, damage):
+    """Return a copy of the text with its first shard damaged."""
+    folder = bench.folder / name
+    shutil.copytree(bench.text, folder)
+    damage(sorted(folder.glob("*train*"))[0])
+    return folder
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-200])
+
+
+def append(text):
+    def damage(path):
+        lines = gzip.decompress(path.read_bytes()) + text.encode() + b"\n"
+        path.write_bytes(gzip.compress(lines))
+
+    return damage
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "said"),
+    [
+        ("truncated", truncate, "c4-train.00000"),
+        ("not-json", append("{nope"), "line 61"),
+        ("no-text", append('{"url": "x"}'), "text"),
+    ],
+)
+def test_broken_text(bench, capfd, name, damage, said):
+    folder = broken_text(bench, name, damage)
+    # With as many lanes as shards the shards are read as they come: the run gets somewhere first.
+    argv = bench.options(
+        f"run-{name}", data__path=folder, data__lanes=4, train__steps=500, train__warmup_steps=1
+    )
+    fails(capfd, argv, 3, said, str(folder))
+    status = bench.status(f"run-{name}")
+    assert (status["state"], status["exit_code"]) == ("failed", 3)
+    assert status["step"] > 0
+    saved = bench.folder / f"run-{name}" / "checkpoints" / f"step_{status['step']:08d}"
+    assert (saved / "manifest.json").exists()
+
+
+def test_missing_text(bench, capfd, tmp_path):
+    fails(capfd, bench.options("r1", data__path=tmp_path / "nowhere"), 3, "nowhere")
+    fails(capfd, bench.options("r2", data__path=str(tmp_path / "*.gz")), 3, "*.gz")
+    only_train = tmp_path / "train"
+    only_train.mkdir()
+    shutil.copy(sorted(bench.text.glob("*train*"))[0], only_train)
+    fails(capfd, bench.options("r3", data__path=only_train, train__eval_every=10), 3, "validation")
+
+
+def test_data_that_ends_early_is_no_success(bench, capfd):
+    argv = bench.options("short", data__epochs=1, train__steps=5000, train__warmup_steps=1)
+    fails(capfd, argv, 3, "data ended", "data.epochs")
+    step = bench.status("short")["step"]
+    assert (bench.folder / "short" / "checkpoints" / f"step_{step:08d}" / "manifest.json").exists()
+
+
+def test_configurations_that_cannot_work(bench, capfd, tmp_path):
+    wrong = bench.options("bad", optim__rank=1000, train__global_batch=7, nope__key=1)
+    fails(
+        capfd,
+        wrong,
+        2,
+        "optim.rank",
+        "larger than the smallest matched matrix",
+        "train.global_batch",
+        "nope.key",
+    )
+    assert not (bench.folder / "bad").exists()
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    fails(capfd, bench.options("x", run__dir=blocked / "run"), 2, "run.dir", "cannot be written")
+
+
+def test_a_run_is_not_overwritten(bench, capfd, uninterrupted):
+    argv = bench.options("uninterrupted", run__resume="never")
+    fails(capfd, argv, 2, "run.dir", "holds a run")
+    assert bench.metrics("uninterrupted") == uninterrupted
+
+
+def test_checkpoints_that_do_not_fit(bench, capfd, uninterrupted):
+    path = bench.folder / "uninterrupted" / "checkpoints" / "step_00000060"
+    small = bench.folder / "small.json"
+    small.write_text(json.dumps(runs.TINY | {"num_hidden_layers": 1}))
+    argv = bench.options("other-model", model__config=small, run__resume=path)
+    fails(capfd, argv, 4, "another model", "model.layers.1")
+    fails(
+        capfd, bench.options("other-rank", optim__rank=3, run__resume=path), 4, "another model or optimizer"
+    )
+    fails(capfd, bench.options("no-checkpoint", run__resume=bench.folder), 4, "manifest.json")
+    argv = bench.options(
+        "other-data", data__seq_len=16, optim__side="right", run__resume=path, train__steps=99
+    )
+    fails(capfd, argv, 2, "data.seq_len", "optim.side")
+    argv = bench.options("other-seed", train__seed=5, run__resume=path, train__steps=99)
+    fails(capfd, argv, 2, "train.seed")
+
+
+def test_a_checkpoint_of_elsewhere_starts_another_run(bench, uninterrupted):
+    path = bench.folder / "uninterrupted" / "checkpoints" / "step_00000049"
+    argv = bench.options(
+        "branch", run__resume=path, train__steps=60, train__eval_every=20, train__eval_tokens=500
+    )
+    assert launch(1, [argv]) == [0]
+    after = [e for e in uninterrupted if e["step"] > 49]
+    assert measured(bench.metrics("branch")) == measured(after)
+
+
+def test_a_gradient_that_is_not_finite_stops_before_anything_is_touched(bench, capfd):
+    argv = bench.options(
+        "wild", optim__lr=1e30, train__warmup_steps=1, train__clip_norm=None, train__save_every=1
+    )
+    fails(capfd, argv, 5, "not finite", "optim.lr")
+    status = bench.status("wild")
+    assert (status["state"], status["exit_code"]) == ("failed", 5)
+    assert Path(
+        bench.folder / "wild" / "checkpoints" / f"step_{status['step']:08d}" / "manifest.json"
+    ).exists()
