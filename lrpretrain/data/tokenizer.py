@@ -126,9 +126,10 @@ class Tokenizer:
         return ids
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Return the text of ids; eos and pad leave nothing."""
+        """Return the text of ids; eos and pad leave nothing, and what only the model knows is unknown."""
         silent = (self.eos_id, self.pad_id)
-        return self._backend.decode([int(i) for i in ids if i not in silent])
+        known = (int(i) if i < self.size else self.unk_id for i in ids if i not in silent)
+        return self._backend.decode(list(known))
 
     def __reduce__(self) -> tuple[Callable[[str, int], Tokenizer], tuple[str, int]]:
         # Backends hold locks and foreign objects: another process loads its own.
