@@ -31,14 +31,18 @@ if [ ! -x "$_root/.venv/bin/python" ]; then
     fi
 fi
 
-# Installing again is only needed when what is installed was written down differently.
-_wanted=$(cat "$_root/pyproject.toml" "$_root/launch/constraints.txt"; echo "$_extras ${LRPRETRAIN_TORCH_INDEX:-}")
-if [ "$(cat "$_root/.venv/installed" 2>/dev/null)" != "$_wanted" ]; then
+# Installing again is only needed when what is installed was written down differently. Extras have a note of
+# their own beside that of the project, so that those who ask for less find it installed.
+_wanted=$(cat "$_root/pyproject.toml" "$_root/launch/constraints.txt"; echo "${LRPRETRAIN_TORCH_INDEX:-}")
+_note=$_root/.venv/installed
+if [ "$(cat "$_note${_extras:+-$_extras}" 2>/dev/null)" != "$_wanted" ]; then
     echo "installing (torch is large: this can take minutes)"
     _pip=("$_root/.venv/bin/python" -m pip install --quiet --constraint "$_root/launch/constraints.txt")
     # torch first and alone: from its own index where one is named, and deepspeed's build looks for it.
     "${_pip[@]}" ${LRPRETRAIN_TORCH_INDEX:+--index-url "$LRPRETRAIN_TORCH_INDEX"} torch
     "${_pip[@]}" --editable "$_root${_extras:+[$_extras]}"
-    printf '%s\n' "$_wanted" >"$_root/.venv/installed"
+    for _written in "$_note" "$_note${_extras:+-$_extras}"; do
+        printf '%s\n' "$_wanted" >"$_written"
+    done
 fi
 PATH="$_root/.venv/bin:$PATH"
