@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import runs
+from hub_server import FakeHub
 from runs import finish, kill_at, launch
 
 from lrpretrain.pretrain import main
@@ -175,6 +176,51 @@ def test_missing_text(bench, capfd, tmp_path):
     only_train.mkdir()
     shutil.copy(sorted(bench.text.glob("*train*"))[0], only_train)
     fails(capfd, bench.options("r3", data__path=only_train, train__eval_every=10), 3, "validation")
+
+
+@pytest.fixture
+def hub(bench, monkeypatch):
+    """A stand-in for the hub that serves the bench's text."""
+    server = FakeHub({path.name: path.read_bytes() for path in bench.text.iterdir()})
+    monkeypatch.setenv("HF_ENDPOINT", server.url)
+    yield server
+    server.close()
+
+
+def test_training_from_the_hub_through_its_moods_equals_training_from_files(bench, hub, tmp_path):
+    shards = [name for name in hub.files if "train" in name]
+    hub.faults = {
+        "tree": [500],
+        shards[0]: [(429, {"Retry-After": "1"}), "drop"],
+        shards[1]: [503],
+        shards[2]: ["drop", 500],
+    }
+    same = dict(train__steps=20, train__eval_every=10, train__eval_tokens=300)
+    at_hub = dict(
+        data__source="hub", data__path="nobody/c4", data__cache_dir=tmp_path, data__hub_patience_s=30
+    )
+    assert launch_one(bench.options("from-files", **same)) == 0
+    assert launch_one(bench.options("from-hub", **same, **at_hub)) == 0
+    assert not any(hub.faults.values())
+    assert measured(bench.metrics("from-hub")) == measured(bench.metrics("from-files"))
+
+
+def test_a_hub_that_is_gone_for_good_leaves_a_checkpoint(bench, hub, capfd, tmp_path):
+    serve = hub.answer
+
+    def answer_until_two_shards_are_out(request):
+        serve(request)
+        hub.gone = sum(count for name, count in hub.requests.items() if "train" in name) >= 2
+
+    hub.answer = answer_until_two_shards_are_out
+    argv = bench.options(
+        "gone", data__source="hub", data__path="nobody/c4", data__cache_dir=tmp_path, data__hub_patience_s=1,
+        data__lanes=2, train__steps=500, train__warmup_steps=1,
+    )  # fmt: skip
+    fails(capfd, argv, 3, "lrpretrain download")
+    step = bench.status("gone")["step"]
+    assert step > 0
+    assert (bench.folder / "gone" / "checkpoints" / f"step_{step:08d}" / "manifest.json").exists()
 
 
 def test_data_that_ends_early_is_no_success(bench, capfd):

@@ -16,6 +16,7 @@ import json
 import logging
 import os
 import shutil
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -190,7 +191,9 @@ class _Tiles(Tensor):
 def _attempt(action: Any) -> str | None:
     """Run something that touches the disk; return what went wrong, or None."""
     try:
-        action()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            action()
     except (Exception, CheckpointException) as error:  # DCP's own is a BaseException
         logger.debug("checkpoint", exc_info=True)
         causes = list(_causes(error))

@@ -117,7 +117,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
                 yield name, key, piece
 
     def subspace_metrics(self) -> dict[str, float]:
-        """Return the means over the refreshes since the last call, if there were any: energy, overlap, time."""
+        """Return the means over the refreshes since the last call: energy, overlap, time. None: {}."""
         if self.rule is None or not self.rule.refreshes:
             return {}
         notes, self.rule.refreshes = self.rule.refreshes, []

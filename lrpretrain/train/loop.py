@@ -117,8 +117,8 @@ class Trainer:
         )
         if not math.isfinite(grad_norm := float(norm)):
             raise NonFiniteError(
-                f"the gradient of step {progress.step + 1} is not finite (norm {grad_norm}); nothing was updated."
-                " Lower optim.lr, set train.clip_norm, or look at the data of this step."
+                f"the gradient of step {progress.step + 1} is not finite (norm {grad_norm}):"
+                " nothing was updated. Lower optim.lr, set train.clip_norm, or look at the data of this step."
             )
         began = time.perf_counter()
         engine.update(lr_ratio(progress.step, train))
@@ -170,11 +170,11 @@ def resume(path: Path, engine: Engine, config: Config, procs: Procs) -> tuple[Pr
         if then != now:
             remedy = "Go on with that value, or start another run in another run.dir"
             problems.append(Problem(key, now, f"the checkpoint {path} was written with {then!r}", remedy))
-    if run["step"] >= config.train.steps:
-        reason = f"{path} is at step {run['step']} already"
-        problems.append(Problem("train.steps", config.train.steps, reason, "Raise it"))
     if problems:
         raise ConfigError(problems)
     checkpoint.load(path, engine.pieces(), procs)
+    if run["step"] >= config.train.steps:
+        reason = f"{path} is at step {run['step']} already"
+        raise ConfigError([Problem("train.steps", config.train.steps, reason, "Raise it")])
     torch.set_rng_state(torch.frombuffer(bytearray(base64.b64decode(run["random"])), dtype=torch.uint8))
     return Progress(run["step"], run["tokens"], run["step"]), run["data"]

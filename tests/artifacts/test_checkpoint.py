@@ -1,0 +1,130 @@
+"""Checkpoints: what goes in comes out, on another layout too, and what is damaged is found."""
+
+import json
+
+import pytest
+import torch
+import torch.distributed as dist
+from spawn import spawn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+
+from lrpretrain.artifacts import checkpoint
+from lrpretrain.errors import CheckpointError
+from lrpretrain.optim import GaLoreAdamW
+from lrpretrain.sharding import Piece, hold
+from lrpretrain.sharding.procs import Procs
+
+RUN = {"step": 7, "tokens": 70, "data": {}, "random": "", "config": {}}
+SHAPES = {"tall": (13, 6), "wide": (6, 13), "norm": (5,), "small": (2, 6)}
+
+
+def build(place, seed):
+    """Return the pieces of a small optimizer that has done a step, laid out by `place`."""
+    generator = torch.Generator().manual_seed(seed)
+    draws = {n: torch.randn(s, generator=generator) for n, s in SHAPES.items()}
+    params = {n: torch.nn.Parameter(place(t)) for n, t in draws.items()}
+    matrices = [(n, p) for n, p in params.items() if p.dim() == 2]
+    groups = [{"params": matrices, "rank": 2}, {"params": [("norm", params["norm"])]}]
+    optimizer = GaLoreAdamW(groups, lr=0.1)
+    for name, param in params.items():
+        param.grad = place(torch.randn(SHAPES[name], generator=generator))
+    optimizer.step()
+    pieces = {f"model/{n}": hold(n, p).piece for n, p in params.items()}
+    return pieces | {f"optim/{n}/{key}": piece for n, key, piece in optimizer.pieces()}
+
+
+def sharded(tensor):
+    return distribute_tensor(tensor, init_device_mesh("cpu", (dist.get_world_size(),)), [Shard(0)])
+
+
+def save_sharded(folder):
+    checkpoint.save(folder, build(sharded, seed=0), RUN, Procs.of_default_group())
+
+
+def load_sharded(path):
+    """Load into another optimizer; return this process's tiles."""
+    pieces = build(sharded, seed=1)
+    checkpoint.load(path, pieces, Procs.of_default_group())
+    return {name: (piece.tensor.clone(), piece.tile) for name, piece in pieces.items()}
+
+
+def test_any_layout_reads_back_what_another_wrote_bit_for_bit(tmp_path):
+    whole = build(torch.clone, seed=0)
+    spawn(save_sharded, 3, tmp_path)
+    path = tmp_path / "step_00000007"
+    alone = build(torch.clone, seed=1)
+    checkpoint.load(path, alone, Procs())
+    # The step was done on other layouts: equal to rounding; what is moved is equal to the bit.
+    for name, piece in whole.items():
+        torch.testing.assert_close(alone[name].tensor, piece.tensor, rtol=1e-4, atol=1e-5)
+    checkpoint.save(tmp_path / "alone", alone, RUN, Procs())
+    for tiles in spawn(load_sharded, 2, tmp_path / "alone" / "step_00000007"):
+        for name, (tensor, tile) in tiles.items():
+            assert torch.equal(
+                tensor, alone[name].tensor[tuple(tile.span(d) for d in range(tensor.dim()))]
+            ), name
+
+
+@pytest.fixture
+def saved(tmp_path):
+    return checkpoint.save(tmp_path, build(torch.clone, seed=0), RUN, Procs())
+
+
+def test_load_and_save_again_is_the_same(saved, tmp_path):
+    pieces = build(torch.clone, seed=1)
+    checkpoint.load(saved, pieces, Procs())
+    original = build(torch.clone, seed=0)
+    assert all(torch.equal(pieces[n].tensor, p.tensor) for n, p in original.items())
+    again = checkpoint.save(tmp_path / "again", pieces, RUN, Procs())
+    assert checkpoint.read_manifest(again)["shapes"] == checkpoint.read_manifest(saved)["shapes"]
+    assert checkpoint.read_run(again) == RUN
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "remove"])
+def test_damage_is_found(saved, damage):
+    file = max(saved.glob("tensors/*.distcp"), key=lambda p: p.stat().st_size)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    if damage == "remove":
+        file.unlink()
+    else:
+        file.write_bytes(content if damage == "flip" else content[:-1])
+    with pytest.raises(CheckpointError, match=rf"damaged.*{file.name}"):
+        checkpoint.load(saved, build(torch.clone, seed=1), Procs())
+
+
+def test_what_is_incomplete_newer_or_of_another_model_is_refused(saved):
+    pieces = build(torch.clone, seed=1)
+    wrong = pieces | {"model/norm": Piece.whole(torch.zeros(6))}
+    with pytest.raises(CheckpointError, match=r"another model.*model/norm: \(5,\).*\(6,\)"):
+        checkpoint.load(saved, wrong, Procs())
+    with pytest.raises(CheckpointError, match="model/tall"):
+        checkpoint.load(saved, {n: p for n, p in pieces.items() if n != "model/tall"}, Procs())
+    manifest = json.loads((saved / "manifest.json").read_text())
+    (saved / "manifest.json").write_text(json.dumps(manifest | {"format": 99}))
+    with pytest.raises(CheckpointError, match="format 99"):
+        checkpoint.load(saved, pieces, Procs())
+    (saved / "manifest.json").unlink()
+    with pytest.raises(CheckpointError, match=r"no manifest.json"):
+        checkpoint.load(saved, pieces, Procs())
+    assert checkpoint.complete(saved.parent) == []
+
+
+def test_the_newest_are_kept_and_a_half_written_one_is_written_anew(tmp_path):
+    pieces = build(torch.clone, seed=0)
+    for step in (1, 2, 3):
+        checkpoint.save(tmp_path, pieces, RUN | {"step": step}, Procs())
+    (tmp_path / "step_00000003" / "manifest.json").unlink()
+    checkpoint.save(tmp_path, pieces, RUN | {"step": 3}, Procs())
+    checkpoint.keep_newest(tmp_path, 2)
+    assert [p.name for p in checkpoint.complete(tmp_path)] == ["step_00000003", "step_00000002"]
+    assert not (tmp_path / "step_00000001").exists()
+    checkpoint.keep_newest(tmp_path, 0)
+    assert len(checkpoint.complete(tmp_path)) == 2
+
+
+def test_a_place_that_cannot_be_written_is_said(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match="cannot be written"):
+        checkpoint.save(tmp_path / "file", build(torch.clone, seed=0), RUN, Procs())

@@ -1,0 +1,133 @@
+"""What engines do to a model: initial weights, memory, clipping, accumulation, masks."""
+
+import resource
+
+import pytest
+import torch
+import torch.distributed as dist
+from runs import TINY
+from spawn import spawn
+from torch.distributed.tensor import DTensor
+
+from lrpretrain.config import Config, DataConfig, EngineConfig, OptimConfig, PrecisionConfig
+from lrpretrain.data.pack import document_mask
+from lrpretrain.engine import build_engine
+from lrpretrain.sharding.procs import Procs
+
+
+def tiny_config(folder, **sections):
+    import json
+
+    path = folder / "model.json"
+    path.write_text(json.dumps(TINY))
+    config = Config(optim=OptimConfig(rank=4, lr=0.01), **sections)
+    config.model.config = str(path)
+    return config
+
+
+def whole_weights(engine):
+    return {
+        name: (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone()
+        for name, p in engine.model.named_parameters()
+    }
+
+
+def one_step(folder):
+    """Return whole weights before and after a step, and the norm, for fsdp and for local in each process."""
+    results = []
+    for kind, procs in [("fsdp", Procs.of_default_group()), ("local", Procs())]:
+        config = tiny_config(folder / str(dist.get_rank()), engine=EngineConfig(kind=kind))
+        engine = build_engine(config, procs, torch.device("cpu"), pad_id=0)
+        before = whole_weights(engine)
+        rows = torch.randint(2, 300, (6, 16), generator=torch.Generator().manual_seed(1))
+        own = rows.split(6 // procs.n_procs)[procs.proc]
+        loss, norm = engine.train_step(list(own.split(1)), 6 * 15, clip_norm=0.1)
+        total = engine.total(loss) if kind == "fsdp" else loss
+        engine.update(1.0)
+        results.append((before, whole_weights(engine), float(norm), float(total)))
+    return results
+
+
+def test_initial_weights_are_bitwise_the_same_on_any_layout_and_a_step_is_too(tmp_path):
+    for proc in range(3):
+        (tmp_path / str(proc)).mkdir()
+    for sharded, local in spawn(one_step, 3, tmp_path):
+        for name, weight in local[0].items():
+            assert torch.equal(sharded[0][name], weight), name
+            torch.testing.assert_close(sharded[1][name], local[1][name], rtol=1e-3, atol=1e-6)
+        assert local[2] > 0.2  # clipped: the norm returned is the raw one
+        assert sharded[2] == pytest.approx(local[2], rel=1e-5)
+        assert sharded[3] == pytest.approx(local[3], rel=1e-6)
+
+
+def share_of_7b():
+    """Build one of 256 shards of a 7B model; return the peak memory (GiB) and this process's parameters."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.destroy_process_group()
+    dist.init_process_group("fake", store=FakeStore(), rank=3, world_size=256)
+    config = Config(engine=EngineConfig(kind="fsdp"))
+    config.model.config = "llama_7b"
+    config.optim.rank = 1024
+    engine = build_engine(config, Procs(3, 256), torch.device("cpu"), pad_id=0)
+    held = sum(h.weight.numel() for h in engine.holdings)
+    finite = all(bool(torch.isfinite(h.weight).all()) for h in engine.holdings)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    dist.destroy_process_group()
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    return peak, held, finite
+
+
+def test_7b_never_exists_whole():
+    """Whole it takes 25 GiB in float32, a 256th 0.1; the bases of GaLore come on top (2.6 GiB in float32)."""
+    ((peak, held, finite),) = spawn(share_of_7b, 1)
+    assert finite
+    assert held == pytest.approx(6_738_415_616 / 256, rel=0.01)
+    assert peak < 8
+
+
+def test_bfloat16_compute_keeps_float32_weights(tmp_path):
+    config = tiny_config(
+        tmp_path, engine=EngineConfig(kind="fsdp"), precision=PrecisionConfig(compute="bfloat16")
+    )
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        engine = build_engine(config, Procs(), torch.device("cpu"), pad_id=0)
+        rows = torch.randint(2, 300, (2, 16), generator=torch.Generator().manual_seed(1))
+        engine.train_step([rows], 30, None)
+        assert {p.dtype for p in engine.model.parameters()} == {torch.float32}
+        assert {p.grad.dtype for p in engine.model.parameters()} == {torch.float32}
+        assert engine.model(input_ids=rows).logits.dtype == torch.bfloat16
+    finally:
+        dist.destroy_process_group()
+
+
+def test_padding_changes_nothing_and_accumulation_is_exact(tmp_path):
+    config = tiny_config(tmp_path)
+    engine = build_engine(config, Procs(), torch.device("cpu"), pad_id=0)
+    rows = torch.randint(2, 300, (4, 12), generator=torch.Generator().manual_seed(1))
+    padded = torch.nn.functional.pad(rows, (0, 8))
+    assert float(engine.loss_sum(padded)) == pytest.approx(float(engine.loss_sum(rows)), rel=1e-6)
+    whole = engine.train_step([rows], 44, None)
+    gradient = [p.grad.clone() for p in engine.model.parameters()]
+    engine.optimizer.zero_grad()
+    parts = engine.train_step(list(padded.split(1)), 44, None)
+    torch.testing.assert_close(whole, parts, rtol=1e-5, atol=1e-6)
+    for p, g in zip(engine.model.parameters(), gradient, strict=True):
+        torch.testing.assert_close(p.grad, g, rtol=1e-4, atol=1e-6)
+
+
+def test_a_document_mask_hides_the_documents_before(tmp_path):
+    config = tiny_config(tmp_path, data=DataConfig(document_mask=True, sequences="pack"))
+    mask = lambda ids: document_mask(ids, 1)  # noqa: E731
+    engine = build_engine(config, Procs(), torch.device("cpu"), pad_id=0, mask=mask)
+    rows = torch.randint(2, 300, (1, 12), generator=torch.Generator().manual_seed(1))
+    rows[0, 5] = 1  # the end of the first document
+    other = rows.clone()
+    other[0, :5] = torch.arange(7, 12)
+    masked = [engine.model(input_ids=r, attention_mask=mask(r)).logits[0, 6:] for r in (rows, other)]
+    plain = [engine.model(input_ids=r).logits[0, 6:] for r in (rows, other)]
+    # Rotary positions are relative: what comes before is hidden, and where a document begins does not matter.
+    torch.testing.assert_close(masked[0], masked[1], rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(plain[0], plain[1], rtol=1e-3, atol=1e-3)
+    assert float(engine.loss_sum(rows)) != pytest.approx(float(engine.loss_sum(other)), rel=1e-6)
