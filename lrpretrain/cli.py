@@ -49,7 +49,7 @@ def show(args: argparse.Namespace) -> None:
 def train_tokenizer(args: argparse.Namespace) -> None:
     """Train a sentencepiece tokenizer on the documents of C4-format shards or of the embedded corpus."""
     from lrpretrain.data import tokenizer
-    from lrpretrain.data.sources import open_source
+    from lrpretrain.data.inputs import open_source
 
     source = open_source(_text(args), "train")
     texts = (str(document) for shard in range(len(source.names)) for document in source.read(shard))
@@ -60,14 +60,13 @@ def train_tokenizer(args: argparse.Namespace) -> None:
 def tokenize(args: argparse.Namespace) -> None:
     """Write pre-tokenised shards."""
     from lrpretrain.data import tokens
-    from lrpretrain.data.sources import open_source
-    from lrpretrain.data.vocabulary import configured
+    from lrpretrain.data.inputs import open_source, open_tokenizer
 
     data = _text(args)
     if args.path and not args.tokenizer:
         raise ConfigError(["--path needs --tokenizer. Name a .model file or a tokenizer of the hub."])
     source = open_source(data, args.split)
-    ids = configured(Config(data=data), args.vocab_size)
+    ids = open_tokenizer(Config(data=data), args.vocab_size)
     tokens.tokenize(source, source.names, ids, args.out, args.split, processes=args.procs)
     print(f"wrote {len(source.names)} shards of {args.split} to {args.out}")
 
@@ -91,7 +90,7 @@ def generate(args: argparse.Namespace) -> None:
 
     from lrpretrain import config
     from lrpretrain.artifacts import checkpoint
-    from lrpretrain.data.vocabulary import configured
+    from lrpretrain.data.inputs import open_tokenizer
     from lrpretrain.model import llama
     from lrpretrain.sharding import hold
     from lrpretrain.sharding.procs import Procs
@@ -105,7 +104,7 @@ def generate(args: argparse.Namespace) -> None:
     run = config.from_dict(checkpoint.read_run(path)["config"])
     run.data.tokenizer = args.tokenizer or run.data.tokenizer
     model = llama.build(llama.load_config(run.model))
-    ids = configured(run, model.config.vocab_size)
+    ids = open_tokenizer(run, model.config.vocab_size)
     llama.materialize(model, torch.device("cpu"))
     holdings = [hold(name, param) for name, param in model.named_parameters()]
     checkpoint.load(path, {f"model/{h.name}": h.piece for h in holdings}, Procs())

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,10 +19,10 @@ from lrpretrain.artifacts import checkpoint
 from lrpretrain.artifacts.metrics import Metrics, say, summary
 from lrpretrain.artifacts.rundir import RunDir
 from lrpretrain.config import Config, parse
+from lrpretrain.data.inputs import open_tokenizer
 from lrpretrain.data.loader import build_loader
 from lrpretrain.data.pack import document_mask
 from lrpretrain.data.tokenizer import Tokenizer
-from lrpretrain.data.vocabulary import configured
 from lrpretrain.engine import build_engine
 from lrpretrain.engine.device import env_procs, join, pick_device, unusable_gpu
 from lrpretrain.errors import EXIT_STOPPED, ConfigError, LrpretrainError
@@ -30,6 +31,8 @@ from lrpretrain.train import plan
 from lrpretrain.train.evaluate import Evaluator
 from lrpretrain.train.guard import Guard, launch_id, restarted_after_stop
 from lrpretrain.train.loop import Progress, Trainer, resume
+
+LAST_WORD_S = 3.0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -67,7 +70,7 @@ def pretrain(config: Config) -> int:
             say("To start another, give another --run.dir; to train this one on, raise --train.steps.")
         return 0
     run_dir.create(fresh=start is None and config.run.resume == "never")
-    tokenizer = configured(config, llama.load_config(config.model).vocab_size)
+    tokenizer = open_tokenizer(config, llama.load_config(config.model).vocab_size)
     device = pick_device()
     progress = Progress()
     try:
@@ -148,4 +151,7 @@ if __name__ == "__main__":
     exit_code = main()
     if dist.is_initialized():
         dist.destroy_process_group()
+    if exit_code and env_procs()[0] != 0:
+        # Launchers end all processes when the first one fails: leave the one that speaks and writes the time to.
+        time.sleep(LAST_WORD_S)
     sys.exit(exit_code)

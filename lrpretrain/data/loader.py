@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lrpretrain.config import Config, DataConfig
+from lrpretrain.data.inputs import open_source
 from lrpretrain.data.lanes import Deal, Encode, Lane, Position
 from lrpretrain.data.pack import Ids
 from lrpretrain.data.prefetch import Prefetch
@@ -25,7 +26,6 @@ from lrpretrain.data.sources import (
     Split,
     cache_dir,
     indexed,
-    open_source,
 )
 from lrpretrain.data.tokenizer import Tokenizer
 from lrpretrain.data.turns import Turns

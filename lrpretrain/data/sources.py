@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import json
 import os
@@ -16,13 +15,13 @@ import numpy.typing as npt
 from filelock import FileLock
 
 from lrpretrain.config import DataConfig
-from lrpretrain.errors import ConfigError, DataError, Problem
+from lrpretrain.errors import DataError
 
 # Text, or the ids of a document that is tokenised already (with eos).
 Document = str | npt.NDArray[np.integer[Any]]
 Split = Literal["train", "validation"]
 
-_SUFFIXES = (".json.gz", ".jsonl.gz", ".json", ".jsonl")
+SUFFIXES = (".json.gz", ".jsonl.gz", ".json", ".jsonl")
 # Compressed bytes that are read at a time: zlib works on them without the interpreter's lock, so that
 # the threads of the loader decompress side by side.
 _BLOCK_BYTES = 1 << 18
@@ -61,34 +60,6 @@ def cache_dir(data: DataConfig) -> Path:
     """Return the folder of corpora and downloads: data.cache_dir, $LRPRETRAIN_CACHE, ~/.cache/lrpretrain."""
     chosen = data.cache_dir or os.environ.get("LRPRETRAIN_CACHE") or "~/.cache/lrpretrain"
     return Path(chosen).expanduser()
-
-
-def open_source(data: DataConfig, split: Split) -> IndexedSource | PackedSource:
-    """Return the documents of a split of data.source.
-
-    Raises ConfigError for a missing data.path, and DataError where the split has no shards.
-    """
-    if data.source == "sample":
-        from lrpretrain.data import sample
-
-        return FileShards(sorted(sample.corpus(cache_dir(data)).glob(f"c4-{split}.*.json.gz")))
-    if data.source == "hub":
-        from lrpretrain.data import hub
-
-        return hub.HubShards(data, split)
-    if data.path is None:
-        raise ConfigError(
-            [
-                Problem(
-                    "data.path", None, f"data.source={data.source} reads a folder of yours", "Set data.path"
-                )
-            ]
-        )
-    if data.source == "tokens":
-        from lrpretrain.data import tokens
-
-        return tokens.TokenShards(Path(_split_path(data, split)).expanduser(), split)
-    return FileShards(_split_files(data, split))
 
 
 class FileShards:
@@ -233,37 +204,3 @@ def _unreadable(path: Path, error: Exception) -> DataError:
         return DataError(f"{path}: the shard is missing. Put it back, or correct data.path.")
     reason = str(error) if isinstance(error, (EOFError, OSError)) else f"corrupt gzip: {error}"
     return DataError(f"{path}: {reason}. Fetch or write this shard again.")
-
-
-def _split_path(data: DataConfig, split: Split) -> str:
-    assert data.path is not None
-    return data.validation_path if split == "validation" and data.validation_path else data.path
-
-
-def _split_files(data: DataConfig, split: Split) -> list[Path]:
-    """Return the shards of a split, sorted; what is validated on is never trained on."""
-    assert data.path is not None
-    held_out = _files(data.validation_path) if data.validation_path else []
-    if split == "train":
-        field, pattern = "data.path", data.path
-        found = [p for p in _files(pattern) if "validation" not in p.name and p not in held_out]
-        remedy = "Give a folder or glob with training shards (names with 'validation' are left out)"
-    elif data.validation_path:
-        field, pattern, found = "data.validation_path", data.validation_path, held_out
-        remedy = "Give a folder or glob with validation shards"
-    else:
-        field, pattern = "data.path", data.path
-        folder = pattern if Path(pattern).expanduser().is_dir() else os.path.dirname(pattern)
-        found = [p for p in _files(folder or ".") if "validation" in p.name]
-        remedy = "Set data.validation_path, or put shards with 'validation' in their names beside the others"
-    if not found:
-        suffixes = ", ".join(_SUFFIXES)
-        raise DataError(f"{field}={pattern!r}: no {split} shards ({suffixes}) are there. {remedy}.")
-    return found
-
-
-def _files(pattern: str) -> list[Path]:
-    """Return the shards that a folder holds or that a path or glob names."""
-    pattern = os.path.expanduser(pattern)
-    inside = os.path.join(pattern, "*") if os.path.isdir(pattern) else pattern
-    return sorted(Path(p) for p in glob.glob(inside, recursive=True) if p.endswith(_SUFFIXES))

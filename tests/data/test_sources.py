@@ -9,7 +9,8 @@ import pytest
 
 from lrpretrain.config import DataConfig
 from lrpretrain.data import sources
-from lrpretrain.data.sources import FileShards, IndexedSource, cache_dir, indexed, open_source
+from lrpretrain.data.inputs import open_source
+from lrpretrain.data.sources import FileShards, IndexedSource, cache_dir, indexed
 from lrpretrain.errors import ConfigError, DataError
 
 

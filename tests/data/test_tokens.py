@@ -8,8 +8,9 @@ import pytest
 
 from lrpretrain.config import DataConfig
 from lrpretrain.data import tokenizer, tokens
+from lrpretrain.data.inputs import open_source
 from lrpretrain.data.loader import Loader
-from lrpretrain.data.sources import FileShards, IndexedSource, indexed, open_source
+from lrpretrain.data.sources import FileShards, IndexedSource, indexed
 from lrpretrain.errors import DataError
 from lrpretrain.sharding.procs import Procs
 
