@@ -32,7 +32,7 @@ from lrpretrain.train.evaluate import Evaluator
 from lrpretrain.train.guard import Guard, launch_id, restarted_after_stop
 from lrpretrain.train.loop import Progress, Trainer, resume
 
-LAST_WORD_S = 3.0
+LAST_WORD_S = 0.0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -140,7 +140,11 @@ def _run(
         metrics = Metrics(run_dir, progress.step, config.train.steps, flops, procs.n_procs)
     trainer = Trainer(config, procs, engine, loader, evaluator, tokenizer, run_dir, metrics, guard, progress)
     try:
-        return trainer.train()
+        code = trainer.train()
+        mapped = int(procs.sum([tokenizer.sentinels_mapped])[0])
+        if mapped and procs.is_first:
+            say(f"{mapped} sentinel ids of the tokenizer became the unknown id: the model has no room for them")
+        return code
     finally:
         loader.close()
         if metrics is not None:
