@@ -32,7 +32,7 @@ from lrpretrain.train.evaluate import Evaluator
 from lrpretrain.train.guard import Guard, launch_id, restarted_after_stop
 from lrpretrain.train.loop import Progress, Trainer, resume
 
-LAST_WORD_S = 0.0
+LAST_WORD_S = 3.0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -143,7 +143,7 @@ def _run(
         code = trainer.train()
         mapped = int(procs.sum([tokenizer.sentinels_mapped])[0])
         if mapped and procs.is_first:
-            say(f"{mapped} sentinel ids of the tokenizer became the unknown id: the model has no room for them")
+            say(f"{mapped} sentinel ids of the tokenizer became unknown ids: the model lacks them")
         return code
     finally:
         loader.close()
@@ -156,6 +156,6 @@ if __name__ == "__main__":
     if dist.is_initialized():
         dist.destroy_process_group()
     if exit_code and env_procs()[0] != 0:
-        # Launchers end all processes when the first one fails: leave the one that speaks and writes the time to.
+        # Launchers end all processes once one has failed: let the one that speaks go first.
         time.sleep(LAST_WORD_S)
     sys.exit(exit_code)
