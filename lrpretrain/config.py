@@ -92,9 +92,13 @@ class OptimConfig:
     """GaLore: steps between two refreshes of the basis (the authors' update_proj_gap)."""
     side: Literal["std", "reverse_std", "left", "right", "full"] = "std"
     """GaLore: which side is projected; std is the shorter one."""
-    subspace: Literal["svd", "warm"] = "warm"
-    """How the basis is found: svd (exact, gathers the gradient) or warm (one subspace iteration from the
-    previous basis)."""
+    subspace: Literal["svd", "gram", "warm", "randomized", "random"] = "warm"
+    """How the basis is found: svd (exact, gathers the gradient), gram (eigenvectors of the Gram matrix), warm
+    (one subspace iteration from the previous basis), randomized (two from a random start), random."""
+    refresh: Literal["fixed", "staggered"] = "fixed"
+    """When bases are refreshed: all in the same step, or spread over the gap."""
+    moments_at_refresh: Literal["keep", "reset", "rotate"] = "keep"
+    """What becomes of the moments at a refresh."""
     targets: list[str] = field(default_factory=lambda: ["*.self_attn.*_proj", "*.mlp.*_proj"])
     """Names of the linear layers that the rule applies to, with * as wildcard."""
 

@@ -12,8 +12,14 @@ G is the right projection of Gᵀ:
 
 With `full`, A (m, r) and P (n, r) project both sides: R = Aᵀ G P (r, r) and W ← W − η_t α A N Pᵀ.
 
-The basis is renewed at t = 0, T, 2T … (t updates done before), from the gradient of that same step; the
-moments are kept across a refresh. α multiplies the normalised update, not the weight decay.
+The basis is renewed at t = 0, T, 2T … (t updates done before), from the gradient of that same step;
+`staggered`, every matrix of a group has its own place in the gap after t = 0, so that no step is much slower
+than another. α multiplies the normalised update, not the weight decay. At a refresh the moments are
+
+    keep     left as they are (the authors)
+    reset    zeroed, and their bias correction starts anew
+    rotate   taken to the new basis with Q = P_oldᵀ P: exp_avg ← exp_avg Q, exp_avg_sq ← exp_avg_sq Q∘Q (the
+             second as if the entries of R were uncorrelated; Robert et al., arXiv 2410.16103)
 
 Differs from the authors' code in: the side is stored, not inferred from shapes (which breaks
 reverse_std); a non-finite gradient skips the step; state is tensors, no objects; other methods than
@@ -75,15 +81,19 @@ class GaLore:
             "basis": zeros((n, r), Tile.whole((n, r))),
             "exp_avg": zeros(R, lies),
             "exp_avg_sq": zeros(R, lies),
+            "age": Slot(torch.zeros(len(W), dtype=torch.int64), (), Tile.whole(())),
         }
         return state | ({"basis_left": zeros((m, r), Tile.whole((m, r)))} if side == "full" else {})
 
     def update(self, W: Matrices, G: Matrices, s: dict[str, Tensor], hp: Group) -> None:
         """Update a batch of matrices and its state in place. All processes that hold a tile must call it."""
-        due = [i for i, t in enumerate(s["step"].tolist()) if t % hp["update_proj_gap"] == 0]
+        gap = hp["update_proj_gap"]
+        clocks = zip(s["step"].tolist(), s["phase"].tolist(), strict=True)
+        due = [i for i, (t, phase) in enumerate(clocks) if t == 0 or (t - phase) % gap == 0]
         if due:
             self._refresh(G[due], s, due, hp)
         s["step"] += 1
+        s["age"] += 1
 
         P = s["basis"]
         R = G @ P  # (b, m', r)
@@ -93,20 +103,28 @@ class GaLore:
         (N,) = adam_direction([R], [s["exp_avg"]], [s["exp_avg_sq"]], hp)
         if "basis_left" in s:
             N = A @ N  # (b, m', r)
-        W.add_lowrank(N, P, [-eta * hp["scale"] for eta in step_sizes(s["step"].tolist(), hp)])
+        W.add_lowrank(N, P, [-eta * hp["scale"] for eta in step_sizes(s["age"].tolist(), hp)])
         W.scale(1 - hp["lr"] * hp["weight_decay"])
 
     def _refresh(self, G: Matrices, s: dict[str, Tensor], due: list[int], hp: Group) -> None:
         began = time.perf_counter()
-        first = bool((s["step"][due] == 0).any())
-        old = s["basis"][due]
+        steps = s["step"][due]
+        old = None if bool((steps == 0).any()) else s["basis"][due]
         if "basis_left" in s:
             A, P = leading_subspaces(G, hp["rank"])
-            s["basis_left"][due] = A.to(old.dtype)
+            s["basis_left"][due] = A.to(s["basis"].dtype)
         else:
-            P = leading_subspace(G, hp["rank"], hp["subspace"], None if first else old)
-        s["basis"][due] = P.to(old.dtype)
-        self._measure(G, P.float(), None if first else old.float(), began)
+            turns = (-(-steps // hp["update_proj_gap"])).tolist()
+            P = leading_subspace(G, hp["rank"], hp["subspace"], old, turns)
+        s["basis"][due] = P.to(s["basis"].dtype)
+        if old is not None and hp["moments_at_refresh"] == "reset":
+            for key in ("exp_avg", "exp_avg_sq", "age"):
+                s[key][due] = 0
+        if old is not None and hp["moments_at_refresh"] == "rotate":
+            Q = (old.mT.to(P.dtype) @ P).to(old.dtype)  # (b, r, r)
+            s["exp_avg"][due] = s["exp_avg"][due] @ Q
+            s["exp_avg_sq"][due] = s["exp_avg_sq"][due] @ Q.square()
+        self._measure(G, P.float(), None if old is None else old.float(), began)
 
     def _measure(self, G: Matrices, P: Tensor, old: Tensor | None, began: float) -> None:
         """Note the energy that P keeps of G, its overlap with the old basis, and the time taken."""

@@ -76,6 +76,8 @@ def build_optimizer(params: Iterable[tuple[str, Tensor]], optim: OptimConfig) ->
                 "scale": optim.scale,
                 "proj_type": optim.side,
                 "subspace": optim.subspace,
+                "refresh": optim.refresh,
+                "moments_at_refresh": optim.moments_at_refresh,
             }
         )
     return GaLoreAdamW([g for g in groups if g["params"]], **common)

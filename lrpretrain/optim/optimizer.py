@@ -19,6 +19,7 @@ from lrpretrain.errors import ConfigError
 from lrpretrain.optim.adamw import adamw
 from lrpretrain.optim.galore import GaLore
 from lrpretrain.optim.rule import Rule, Slot
+from lrpretrain.optim.subspace import METHODS
 from lrpretrain.sharding import Holding, Piece, Tile, hold
 from lrpretrain.sharding.algebra import Matrices
 
@@ -171,6 +172,9 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self._regular.append((group, holdings))
 
     def _add_matrices(self, group: dict[str, Any], holdings: list[Holding], rule: Rule) -> None:
+        # Spread over the group, not over a batch: what counts is the work of a step.
+        gap, spread = group.get("update_proj_gap", 1), group.get("refresh") == "staggered"
+        phases = {h.name: i * gap // len(holdings) if spread else 0 for i, h in enumerate(holdings)}
         alike: dict[tuple[Any, ...], list[Holding]] = {}
         for h in holdings:
             if len(h.shape) != 2:
@@ -188,6 +192,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
             transposed = rule.transposed(shape, hp)
             slots = rule.state(Matrices(members, lambda h: h.weight, transposed), hp)
             slots["step"] = Slot(torch.zeros(len(members), dtype=torch.int64), (), Tile.whole(()))
+            slots["phase"] = Slot(torch.tensor([phases[h.name] for h in members]), (), Tile.whole(()))
             for i, h in enumerate(members):
                 self._register(h, {key: Piece(t[i], shape, tile) for key, (t, shape, tile) in slots.items()})
             self._batches.append(
@@ -235,7 +240,9 @@ class GaLoreAdamW(ShardedOptimizer):
 
     Groups with a `rank` are projected, the others are plain AdamW. Options of a projected group:
     `rank`; `update_proj_gap`, updates between two refreshes of the basis (200); `scale` (0.25);
-    `proj_type`: std, reverse_std, left, right or full (std); `subspace`: svd or warm (the constructor's).
+    `proj_type`: std, reverse_std, left, right or full (std); `subspace`: svd, gram, warm, randomized or
+    random (the constructor's); `refresh`: fixed or staggered (fixed); `moments_at_refresh`: keep, reset or
+    rotate (keep; not with full).
     A rank above min(m, n) is clamped with a warning.
 
     Supported: plain tensors and DTensors with one sharded dimension, float32, float64 and bfloat16.
@@ -258,6 +265,7 @@ class GaLoreAdamW(ShardedOptimizer):
         del no_deprecation_warning  # accepted for galore_torch's callers
         defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, correct_bias=correct_bias)
         defaults |= dict(rank=None, update_proj_gap=200, scale=0.25, proj_type="std", subspace=subspace)
+        defaults |= dict(refresh="fixed", moments_at_refresh="keep")
         super().__init__(params, defaults, GaLore(), check_finite)
 
 
@@ -287,16 +295,24 @@ def _check(group: dict[str, Any]) -> None:
         "betas": (lambda x: all(0 <= beta < 1 for beta in x), "in [0, 1)"),
         "rank": (lambda x: x is None or (isinstance(x, int) and x >= 1), "a whole number from 1"),
         "update_proj_gap": (lambda x: isinstance(x, int) and x >= 1, "a whole number from 1"),
-        "proj_type": (
-            lambda x: x in ("std", "reverse_std", "left", "right", "full"),
-            "std, reverse_std, left, right or full",
-        ),
-        "subspace": (lambda x: x in ("svd", "warm"), "svd or warm"),
+    }
+    choices = {
+        "proj_type": ("std", "reverse_std", "left", "right", "full"),
+        "subspace": METHODS,
+        "refresh": ("fixed", "staggered"),
+        "moments_at_refresh": ("keep", "reset", "rotate"),
     }
     wrong = [
         f"{k}={group[k]!r}: must be {must}."
         for k, (fits, must) in known.items()
         if k in group and not fits(group[k])
     ]
+    wrong += [
+        f"{k}={group[k]!r}: must be one of {', '.join(known)}."
+        for k, known in choices.items()
+        if k in group and group[k] not in known
+    ]
+    if group.get("proj_type") == "full" and group.get("moments_at_refresh") == "rotate":
+        wrong.append("moments_at_refresh='rotate': is not defined for proj_type='full'. Use keep or reset.")
     if wrong:
         raise ConfigError(wrong)

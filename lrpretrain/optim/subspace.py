@@ -1,36 +1,61 @@
 """The leading right-singular subspace of a gradient, by several methods.
 
 Each returns an orthonormal P (b, n, r) such that G P Pᵀ keeps as much of G (b, m, n) as r
-directions can.
+directions can (`random` makes no such attempt).
 
-svd    exact, as the GaLore authors do it: the gradient is gathered, in float32.
-warm   one subspace iteration from the previous basis, then Rayleigh–Ritz (Halko, Martinsson & Tropp,
-       arXiv 0909.4061, algorithm 4.4 without the random start), columns by falling singular value, each
-       with the sign that agrees with the previous one. Only (·, r) products travel. Without a previous
-       basis: four iterations from a seeded random start.
+svd         exact, as the GaLore authors do it: the gradient is gathered, in float32
+gram        eigenvectors of GᵀG (n, n) in float32 or better: as good, and much faster where m ≫ n or on a GPU
+warm        one subspace iteration from the previous basis, then Rayleigh–Ritz; only (·, r) products
+            travel; without a previous basis four iterations from a random start
+randomized  two subspace iterations from a new random start at every refresh, then Rayleigh–Ritz
+            (Halko, Martinsson & Tropp, arXiv 0909.4061, algorithm 4.4)
+random      an orthonormal basis that never looks at the gradient (as Flora and APOLLO do)
+
+Columns come by falling singular value. All but `svd`, whose signs are those of LAPACK, give each column
+the sign that agrees with the previous basis. Random draws depend on the matrix's name and the number
+of the refresh, never on the layout.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from lrpretrain.sharding.algebra import Matrices
 
+METHODS = ("svd", "gram", "warm", "randomized", "random")
 COLD_ITERATIONS = 4
+RANDOMIZED_ITERATIONS = 2
 
 
-def leading_subspace(G: Matrices, rank: int, method: str, start: Tensor | None) -> Tensor:
+def leading_subspace(
+    G: Matrices, rank: int, method: str, start: Tensor | None, turns: Sequence[int] | None = None
+) -> Tensor:
     """Return the leading right-singular vectors (b, n, rank), in float32 or better.
 
-    `start` is the previous basis (b, n, rank), or None at the first refresh. Every process of the
-    matrices' group must call this; all of them get the same result.
+    `start` is the previous basis (b, n, rank), or None at the first refresh; `turns` counts the refreshes
+    of each matrix so far (none). Every process of the matrices' group must call this; all of them get the same result.
     """
+    turns = turns or [0] * len(G)
     if method == "svd":
         return leading_subspaces(G, rank)[1]
-    return _warm(G, rank, start)
+    if method == "gram":
+        _, V = torch.linalg.eigh(G.gram())  # ascending
+        P = V[:, :, -rank:].flip(-1)
+    elif method == "random":
+        P = torch.linalg.qr(_draw(G, rank, turns)).Q
+    elif method == "randomized":
+        P = _iterate(G, _draw(G, rank, turns), RANDOMIZED_ITERATIONS)
+    elif start is None:
+        P = _iterate(G, _draw(G, rank, turns), COLD_ITERATIONS)
+    else:
+        P = _iterate(G, start, 1)
+    if start is None or method == "random":
+        return P
+    return P * torch.where((P * start).sum(-2, keepdim=True) < 0, -1.0, 1.0)
 
 
 def leading_subspaces(G: Matrices, rank: int) -> tuple[Tensor, Tensor]:
@@ -52,26 +77,23 @@ def _svd(matrix: Tensor) -> tuple[Tensor, Tensor]:
     return u, vh
 
 
-def _warm(G: Matrices, rank: int, start: Tensor | None) -> Tensor:
-    dtype = torch.promote_types(G.tensors[0].dtype, torch.float32)
-    cold = start is None
-    X = _random_start(G, rank) if start is None else start
-    for _ in range(COLD_ITERATIONS if cold else 1):
-        Y = G.t_matmul(G @ X.to(G.tensors[0].dtype))  # (b, n, r)
+def _iterate(G: Matrices, X: Tensor, iterations: int) -> Tensor:
+    """Return the Ritz vectors of GᵀG in the range of (GᵀG)^iterations X, by falling Ritz value."""
+    own = G.tensors[0].dtype
+    dtype = torch.promote_types(own, torch.float32)
+    for _ in range(iterations):
+        Y = G.t_matmul(G @ X.to(own))  # (b, n, r)
         X = torch.linalg.qr(Y.to(dtype)).Q
-    B = (G @ X.to(G.tensors[0].dtype)).to(dtype)  # (b, m', r)
+    B = (G @ X.to(own)).to(dtype)  # (b, m', r)
     _, V = torch.linalg.eigh(G.inner(B, B))  # ascending
-    P = X @ V.flip(-1)
-    if start is not None:
-        P = P * torch.where((P * start).sum(-2, keepdim=True) < 0, -1.0, 1.0)
-    return P
+    return X @ V.flip(-1)
 
 
-def _random_start(G: Matrices, rank: int) -> Tensor:
-    """Draw (b, n, rank) normals that depend on the names of the matrices only."""
+def _draw(G: Matrices, rank: int, turns: Sequence[int]) -> Tensor:
+    """Draw (b, n, rank) normals that depend on the names of the matrices and the turns only."""
     draws = []
-    for name in G.names:
-        seed = int.from_bytes(hashlib.sha256(f"subspace {name}".encode()).digest()[:8], "big") >> 1
-        generator = torch.Generator().manual_seed(seed)
+    for name, turn in zip(G.names, turns, strict=True):
+        digest = hashlib.sha256(f"subspace {name} {turn}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
         draws.append(torch.randn(G.shape[1], rank, generator=generator))
     return torch.stack(draws).to(G.tensors[0].device)

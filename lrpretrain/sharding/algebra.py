@@ -66,6 +66,12 @@ class Matrices:
         """Return Xᵀ Y (b, j, k) for the tile's rows of X and Y. Communicates where rows are split."""
         return self._sum(X.mT @ Y, over=0)
 
+    def gram(self) -> Tensor:
+        """Return GᵀG (b, n, n) in float32 or better. Communicates where anything is split."""
+        tensors = list(self.whole()) if self.split == 1 else self.tensors
+        dtype = torch.promote_types(tensors[0].dtype, torch.float32)
+        return self._sum(torch.stack([G.to(dtype).T @ G.to(dtype) for G in tensors]), over=0)
+
     def square_sum(self) -> Tensor:
         """Return the squared Frobenius norm of each matrix (b,). Communicates where anything is split."""
         part = torch.stack([G.float().square().sum() for G in self.tensors])

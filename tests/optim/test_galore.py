@@ -288,3 +288,52 @@ def test_converges_and_any_scheduler_may_set_the_rate():
 )
 def test_side(shape, proj_type, side):
     assert side_of(shape, proj_type) == side
+
+
+def schedule_of(refresh, gap=6, n=4, steps=20):
+    """Return, for each step, how many bases were refreshed."""
+    params, optimizer = fresh(shapes=((8, 6),) * n, rank=2, update_proj_gap=gap, refresh=refresh)
+    counts = []
+    for t in range(steps):
+        step(params, optimizer, t)
+        counts.append(sum(note.matrices for note in optimizer.rule.refreshes))
+        optimizer.rule.refreshes = []
+    return counts
+
+
+def test_staggered_refreshes_are_as_many_and_spread():
+    fixed, staggered = schedule_of("fixed"), schedule_of("staggered")
+    assert fixed == [4, 0, 0, 0, 0, 0] * 3 + [4, 0]
+    assert staggered[0] == 4  # there is no basis before
+    assert max(staggered[1:]) == 1
+    assert sum(staggered[1:19]) == sum(fixed[1:19])
+
+
+def test_reset_starts_the_moments_anew():
+    params, optimizer = fresh(shapes=((8, 6),), rank=2, moments_at_refresh="reset", scale=1.0)
+    for t in range(3):
+        step(params, optimizer, t)
+    before = params[0].detach().clone()
+    step(params, optimizer, 3)  # the refresh of t = 3, with a gap of 3
+    state = optimizer.state[params[0]]
+    assert (int(state["step"]), int(state["age"])) == (4, 1)
+    # A first Adam update moves every coordinate of the subspace by lr (eps aside).
+    moved = (params[0].detach() - before) @ state["basis"]
+    torch.testing.assert_close(moved.abs(), torch.full_like(moved, 0.01), rtol=1e-3, atol=0)
+
+
+def test_rotate_takes_the_moments_to_the_new_basis():
+    params, optimizer = fresh(shapes=((8, 6),), rank=6, moments_at_refresh="rotate", scale=1.0, eps=1e-30)
+    for t in range(3):
+        step(params, optimizer, t)
+    state = optimizer.state[params[0]]
+    whole = (state["exp_avg"] @ state["basis"].T).clone()  # (m, n): rank 6 of 6 keeps everything
+    step(params, optimizer, 3)
+    expected = 0.9 * whole + 0.1 * params[0].grad
+    torch.testing.assert_close(state["exp_avg"] @ state["basis"].T, expected, rtol=1e-4, atol=1e-5)
+    assert (state["exp_avg_sq"] >= 0).all()
+
+
+def test_rotating_a_two_sided_projection_is_refused():
+    with pytest.raises(ConfigError, match="full"):
+        fresh(proj_type="full", moments_at_refresh="rotate")

@@ -7,7 +7,7 @@ from lrpretrain.optim.subspace import leading_subspace, leading_subspaces
 from lrpretrain.sharding import hold
 from lrpretrain.sharding.algebra import Matrices
 
-METHODS = ["svd", "warm"]
+METHODS = ["svd", "gram", "warm", "randomized"]
 
 
 def batch(*matrices, transposed=False):

@@ -51,6 +51,12 @@ OPTIONS = [None] + [
     {"proj_type": side, "subspace": subspace}
     for side, subspace in itertools.product(["std", "reverse_std", "left", "right", "full"], ["svd", "warm"])
 ]
+OPTIONS += [
+    {"proj_type": "std", "subspace": "gram", "refresh": "staggered", "moments_at_refresh": "rotate"},
+    {"proj_type": "left", "subspace": "randomized", "refresh": "fixed", "moments_at_refresh": "reset"},
+    {"proj_type": "right", "subspace": "random", "refresh": "staggered", "moments_at_refresh": "keep"},
+    {"proj_type": "reverse_std", "subspace": "gram", "refresh": "fixed", "moments_at_refresh": "keep"},
+]
 
 
 def compare():
