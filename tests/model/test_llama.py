@@ -149,7 +149,7 @@ def test_a_model_from_the_meta_device_computes_what_a_normal_one_does():
 
 
 def test_building_takes_no_memory():
-    model = llama.build(llama.load_config(ModelConfig("llama_7b")), torch.bfloat16)
+    model = llama.build(llama.load_config(ModelConfig("llama_60m")), torch.bfloat16)
     assert {p.device.type for p in [*model.parameters(), *model.buffers()]} == {"meta"}
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     assert model.config._attn_implementation == "sdpa"

@@ -85,6 +85,8 @@ def test_a_rank_that_is_too_large_names_the_smallest_matrix():
         r" Lower it, or exclude the matrix in optim\.targets\.",
         str(problem),
     )
+    (problem,) = problems(shapes, OptimConfig(rank=3000))
+    assert "k_proj" in problem.reason, "the smallest of all three"
 
 
 def test_every_rank_that_is_too_large_is_a_problem(toy):
