@@ -70,12 +70,11 @@ def pretrain(config: Config) -> int:
             say("To start another, give another --run.dir; to train this one on, raise --train.steps.")
         return 0
     run_dir.create(fresh=start is None and config.run.resume == "never")
-    tokenizer = open_tokenizer(config, llama.load_config(config.model).vocab_size)
-    device = pick_device()
     progress = Progress()
     try:
+        tokenizer = open_tokenizer(config, llama.load_config(config.model).vocab_size)
         with Guard() as guard:
-            code = _run(config, run_dir, tokenizer, device, guard, start, progress)
+            code = _run(config, run_dir, tokenizer, pick_device(), guard, start, progress)
     except BaseException as error:
         if proc == 0:
             code = error.exit_code if isinstance(error, LrpretrainError) else 1
