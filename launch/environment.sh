@@ -1,5 +1,6 @@
 # Make .venv if it is absent and install the project into it, with the versions of launch/constraints.txt.
-# Sourced by quickstart.sh and tests/run.sh with the extras to install, e.g. `. launch/environment.sh dev`.
+# Sourced by quickstart.sh and tests/run.sh with the extras to install, e.g. `. launch/environment.sh dev`; started
+# by itself it installs and does no more.
 #
 # LRPRETRAIN_PYTHON       the Python to use (default: the first of python3, python3.13 … that fits)
 # LRPRETRAIN_TORCH_INDEX  a package index to take torch from, e.g. one with CPU builds
@@ -39,8 +40,8 @@ if [ "$(cat "$_note${_extras:+-$_extras}" 2>/dev/null)" != "$_wanted" ]; then
     echo "installing (torch is large: this can take minutes)"
     _pip=("$_root/.venv/bin/python" -m pip install --quiet --constraint "$_root/launch/constraints.txt")
     # torch first and alone: from its own index where one is named, and deepspeed's build looks for it.
-    "${_pip[@]}" ${LRPRETRAIN_TORCH_INDEX:+--index-url "$LRPRETRAIN_TORCH_INDEX"} torch
-    "${_pip[@]}" --editable "$_root${_extras:+[$_extras]}"
+    "${_pip[@]}" ${LRPRETRAIN_TORCH_INDEX:+--index-url "$LRPRETRAIN_TORCH_INDEX"} torch || exit
+    "${_pip[@]}" --editable "$_root${_extras:+[$_extras]}" || exit
     for _written in "$_note" "$_note${_extras:+-$_extras}"; do
         printf '%s\n' "$_wanted" >"$_written"
     done

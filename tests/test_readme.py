@@ -1,0 +1,154 @@
+"""The README says what is so: its commands work, its fields exist, its table lists what can be chosen."""
+
+import re
+import shlex
+import subprocess
+import sys
+import typing
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import yaml
+from runs import ROOT
+
+from lrpretrain import __version__, cli, config
+from lrpretrain.train import plan
+
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language):
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+
+
+COMMANDS = [line for block in blocks("bash") for line in block.splitlines()]
+
+
+def train(line, procs):
+    """Read the command line of a training and check it for the processes that it would have."""
+    words = shlex.split(line)
+    start = words.index("lrpretrain.pretrain") + 1
+    read, problems = config.parse(words[start:])
+    assert [*problems, *plan.problems(read, procs)] == []
+
+
+def number(line, option):
+    words = shlex.split(line)
+    return int(words[words.index(option) + 1]) if option in words else 1
+
+
+def torchrun(line):
+    from torch.distributed.run import parse_args
+
+    parse_args(shlex.split(line)[1:])
+    train(line, number(line, "--nnodes") * number(line, "--nproc-per-node"))
+
+
+def deepspeed(line):
+    from deepspeed.launcher.runner import parse_args
+
+    assert parse_args(shlex.split(line)[1:]).user_script == "lrpretrain.pretrain"
+    train(line, number(line, "--num_gpus"))
+
+
+def tool(line):
+    """Read the arguments of a tool; what is left over is a configuration's, for the tool that takes one."""
+    known, rest = cli.build_parser().parse_known_args(shlex.split(line)[1:])
+    if known.run is cli.show:
+        assert cli.main(shlex.split(line)[1:]) == 0
+    else:
+        assert rest == []
+
+
+def script(line):
+    _, path, *options = shlex.split(line)
+    assert subprocess.run(["bash", "-n", ROOT / path], check=True).returncode == 0
+    assert options == []
+
+
+def exists(line):
+    """See that a command of the environment is there; its options are of others."""
+    words = shlex.split(line)
+    name = words[1] if words[0] == "source" else f".venv/bin/{words[0]}"
+    assert (Path(sys.prefix) / Path(name).relative_to(".venv")).is_file()
+
+
+# How a command is tried, by how it begins. The scripts run in test_launch.py, and run.sh around us.
+TRIED = {
+    "bash launch/quickstart.sh": script,
+    "bash launch/environment.sh": script,
+    "bash tests/run.sh": script,
+    "source .venv/bin/activate": exists,
+    "tensorboard --logdir ": exists,
+    "python -m lrpretrain.pretrain ": lambda line: train(line, 1),
+    "torchrun ": torchrun,
+    "deepspeed ": deepspeed,
+    "lrpretrain ": tool,
+}
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_a_command_works(line):
+    tries = [how for prefix, how in TRIED.items() if line.startswith(prefix)]
+    assert tries, f"the README has a command that no test knows: {line}"
+    tries[0](line)
+
+
+def test_every_way_to_try_is_used():
+    assert [p for p in TRIED if not any(line.startswith(p) for line in COMMANDS)] == []
+
+
+@pytest.mark.parametrize("block", blocks("python"))
+def test_an_example_runs(block):
+    exec(block, {})
+
+
+def test_every_field_exists():
+    sections = {section.name: section.default_factory for section in fields(config.Config)}
+    named = re.findall(rf"\b({'|'.join(sections)})\.(\w+)", README)
+    wrong = [
+        f"{section}.{name}"
+        for section, name in set(named) - {("run", "sh")}
+        if name not in {field.name for field in fields(sections[section])}
+    ]
+    assert len(named) > 40
+    assert wrong == []
+
+
+def test_the_table_lists_what_can_be_chosen():
+    rules = typing.get_args(typing.get_type_hints(config.OptimConfig)["rule"])
+    engines = typing.get_args(typing.get_type_hints(config.EngineConfig)["kind"])
+    header, _, *rows = re.findall(
+        r"^\|.*\|$", README.partition("## What runs where")[2].partition("##")[0], re.M
+    )
+    assert re.findall(r"`(\w+)`", header) == list(engines)
+    assert sorted(re.match(r"\| `(\w+)`", row)[1] for row in rows) == sorted(rules)
+    assert all(row.count("| yes") == len(engines) for row in rows)
+
+
+def test_exit_codes_are_those_of_the_errors():
+    from lrpretrain import errors
+
+    said = README.partition("Exit codes: ")[2].split(";")[0]
+    kinds = [errors.ConfigError, errors.DataError, errors.CheckpointError, errors.NonFiniteError]
+    codes = [0, *(kind.exit_code for kind in kinds), errors.EXIT_STOPPED, 1]
+    assert [int(code) for code in re.findall(r"\b\d+\b", said)] == codes
+
+
+def test_the_state_of_the_1b_model():
+    line = next(line for line in COMMANDS if "llama_1b" in line)
+    read, _ = config.parse(shlex.split(line)[shlex.split(line).index("lrpretrain.pretrain") + 1 :])
+    ours, theirs = re.search(r"= ([\d,]+) numbers; AdamW: ([\d,]+)", plan.describe(read, 8)).groups()
+    assert ours in README
+    assert theirs in README
+
+
+def test_links_and_companions():
+    for name in re.findall(r"`((?:launch|tests|lrpretrain)/[\w./]+|[A-Z]+(?:\.cff)?)`", README):
+        assert (ROOT / name).exists() or name.isupper(), name
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert {"cff-version", "message", "title", "authors"} <= citation.keys()
+    assert citation["version"] == __version__
+    changelog = (ROOT / "CHANGELOG.md").read_text()
+    assert changelog.index("## [Unreleased]") < changelog.index(__version__)
