@@ -236,6 +236,7 @@ def test_tokens_that_do_not_fit(bench, tokens, capfd):
     lines = [with_tokens(bench, f"unfit{i}", folder, **more) for i, (_, _, folder, more) in enumerate(cases)]
     capfd.readouterr()
     assert launch(1, lines) == [code for code, *_ in cases]
+    assert [bench.status(f"unfit{i}")["exit_code"] for i in range(len(cases))] == [code for code, *_ in cases]
     said = capfd.readouterr().err
     assert said.count("lrpretrain: ") == len(cases)
     for _, parts, *_ in cases:
