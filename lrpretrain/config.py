@@ -149,6 +149,11 @@ class EngineConfig:
 
     kind: Literal["local", "ddp", "fsdp"] = "local"
     """local: one process; ddp: whole copies; fsdp: FSDP2, sharded parameters."""
+    replicas: int = 1
+    """fsdp: groups of processes that each hold the whole model in shards (HSDP)."""
+    shard_columns: bool = True
+    """fsdp: cut matrices that are projected on the left along their columns, where these divide evenly over
+    the processes: the optimizer then communicates nothing for them."""
     accumulate_unsharded: bool = False
     """fsdp: keep whole gradients over the micro-batches of a step and communicate once."""
     timeout_s: float = 1800.0
@@ -256,13 +261,18 @@ def parse(argv: Sequence[str], prog: str = "lrpretrain.pretrain") -> tuple[Confi
 def _reason(error: Exception) -> str:
     """Return jsonargparse's last word without the value and Python's way of writing types."""
     text = str(error).splitlines()[-1].split(" Got value")[0].strip().rstrip(".")
-    return re.sub(r"<class '(\w+)'>|typing\.", lambda m: m[1] or "", text).replace("Expected a", "expected a")
+    text = re.sub(r"<class '(\w+)'>|typing\.", lambda m: m[1] or "", text)
+    return re.sub(r"^Expected an? ", "expected ", text)
 
 
 def from_dict(values: dict[str, dict[str, Any]], parser: Any = None) -> Config:
-    """Return the configuration of a tree of values, with defaults for what is absent."""
+    """Return the configuration of a tree of values, with defaults for what is absent. Raises ConfigError."""
     parser = parser or _parser("lrpretrain")
-    tree = parser.instantiate(parser.parse_object(values))
+    try:
+        tree = parser.instantiate(parser.parse_object(values))
+    except Exception as error:  # jsonargparse raises many kinds
+        message = f"the configuration cannot be read: {_reason(error)}. Use the version that wrote it."
+        raise ConfigError([message]) from error
     return Config(**{section.name: tree[section.name] for section in fields(Config)})
 
 
@@ -272,127 +282,6 @@ def to_yaml(config: Config) -> str:
     values = {s.name: dict(vars(getattr(config, s.name))) for s in fields(Config)}
     text: str = parser.dump(parser.parse_object(values), skip_unset=False, with_comments=True)
     return text
-
-
-def check(config: Config, n_procs: int) -> list[Problem | str]:
-    """Return what cannot work in a configuration by itself, without a look at models or data."""
-    data, optim, train, engine, precision = (
-        config.data,
-        config.optim,
-        config.train,
-        config.engine,
-        config.precision,
-    )
-    found: list[Problem | str] = []
-
-    def refuse(wrong: bool, key: str, reason: str, remedy: str) -> None:
-        if wrong:
-            section, name = key.split(".")
-            found.append(Problem(key, getattr(getattr(config, section), name), reason, remedy))
-
-    whole = "data.seq_len data.lanes data.prefetch data.workers optim.rank optim.refresh_every train.steps"
-    for key in [
-        *whole.split(),
-        *"train.micro_batch train.global_batch train.log_every train.eval_tokens".split(),
-    ]:
-        section, name = key.split(".")
-        refuse(getattr(getattr(config, section), name) < 1, key, "must be at least 1", "Raise it")
-    for key in "train.eval_every train.save_every train.keep_checkpoints train.warmup_steps".split():
-        refuse(getattr(train, key.split(".")[1]) < 0, key, "must not be negative", "0 turns it off")
-    for key, rank in (("optim.attn_rank", optim.attn_rank), ("optim.mlp_rank", optim.mlp_rank)):
-        refuse(rank is not None and rank < 1, key, "must be at least 1", "Raise it, or leave it out")
-    for key, number in (
-        ("optim.lr", optim.lr),
-        ("optim.lr_regular", optim.lr_regular),
-        ("optim.eps", optim.eps),
-    ):
-        refuse(number is not None and not number > 0, key, "must be above 0", "Raise it")
-    refuse(not all(0 <= b < 1 for b in optim.betas), "optim.betas", "must lie in [0, 1)", "Use [0.9,0.999]")
-    refuse(optim.weight_decay < 0, "optim.weight_decay", "must not be negative", "0 turns it off")
-    refuse(
-        train.clip_norm is not None and not train.clip_norm > 0,
-        "train.clip_norm",
-        "must be above 0",
-        "Leave it out",
-    )
-    refuse(not 0 <= train.min_lr_ratio <= 1, "train.min_lr_ratio", "must lie in [0, 1]", "Use 0.1")
-    refuse(data.epochs is not None and data.epochs < 1, "data.epochs", "must be at least 1", "Leave it out")
-    refuse(data.seq_len == 1, "data.seq_len", "a row of one token has nothing to predict", "Raise it")
-
-    refuse(
-        train.warmup_steps >= train.steps,
-        "train.warmup_steps",
-        f"is not below train.steps={train.steps}",
-        "Lower it",
-    )
-    decay = train.decay_steps
-    if train.schedule == "wsd" and decay is not None:
-        room = train.steps - train.warmup_steps
-        refuse(
-            not 0 < decay <= room,
-            "train.decay_steps",
-            f"does not fit into {room} steps after the warm-up",
-            "Lower it",
-        )
-    if train.schedule == "cosine_restart":
-        refuse(
-            (train.restart_every or 0) < 1,
-            "train.restart_every",
-            "cosine_restart needs it",
-            "Give a number of steps",
-        )
-
-    slots = max(train.micro_batch, 1) * n_procs
-    refuse(
-        train.global_batch % slots != 0,
-        "train.global_batch",
-        f"is not a multiple of {n_procs} processes × train.micro_batch={train.micro_batch}",
-        f"Use {max(train.global_batch // slots, 1) * slots}, or another train.micro_batch",
-    )
-    refuse(
-        engine.kind == "local" and n_procs > 1,
-        "engine.kind",
-        f"local runs in one process, and {n_procs} were started",
-        "Use fsdp or ddp",
-    )
-    refuse(
-        engine.accumulate_unsharded and engine.kind != "fsdp",
-        "engine.accumulate_unsharded",
-        f"engine.kind={engine.kind} keeps whole gradients anyway",
-        "Leave it out",
-    )
-    refuse(
-        precision.compute != precision.params and (engine.kind != "fsdp" or precision.params == "bfloat16"),
-        "precision.compute",
-        f"is not supported over precision.params={precision.params} with engine.kind={engine.kind}",
-        "Use bfloat16 over float32 with engine.kind=fsdp (one process will do), or the same for both",
-    )
-    refuse(
-        data.document_mask and data.sequences == "pad",
-        "data.document_mask",
-        "rows of pad hold one document",
-        "Use data.sequences=pack",
-    )
-    needs_path = data.source in ("files", "tokens") and not data.path
-    refuse(
-        needs_path,
-        "data.path",
-        f"data.source={data.source} needs it",
-        "Name the folder (or glob) of the shards",
-    )
-    refuse(
-        data.source == "sample" and data.path is not None,
-        "data.path",
-        "the embedded corpus has no path",
-        "Use data.source=files",
-    )
-    refuse(
-        data.source in ("files", "hub") and not data.tokenizer,
-        "data.tokenizer",
-        "text needs a tokenizer",
-        "Name a .model file (`lrpretrain tokenizer train` makes one) or one of the hub (t5-base)",
-    )
-    return found
 
 
 def _parser(prog: str) -> Any:

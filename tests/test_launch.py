@@ -168,7 +168,7 @@ def test_quickstart_does_not_exit_with_the_code_of_an_older_run(bench):
 
 @quickstarts
 def test_quickstart_stopped_by_a_signal_leaves_a_checkpoint(bench):
-    options = bench.options("stopped", engine__kind="fsdp", train__steps=100_000)
+    options = bench.options("stopped", engine__kind="fsdp", train__steps=2000)
     process = start([*SCRIPT, *options])
     try:
         for line in process.stdout:

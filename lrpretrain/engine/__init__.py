@@ -9,7 +9,7 @@ from lrpretrain.engine.base import Engine, Mask
 from lrpretrain.engine.fsdp import FSDP
 from lrpretrain.engine.local import DDP, Local
 from lrpretrain.model import llama
-from lrpretrain.optim.groups import build_optimizer
+from lrpretrain.optim.groups import build_optimizer, projected_on_the_left
 from lrpretrain.sharding.procs import Procs
 
 __all__ = ["Engine", "build_engine"]
@@ -31,6 +31,9 @@ def build_engine(
     if isinstance(engine, FSDP):
         engine.compute = dtypes[config.precision.compute]
         engine.accumulate_unsharded = config.engine.accumulate_unsharded
+        engine.replicas = config.engine.replicas
+        if config.engine.shard_columns:
+            engine.by_columns = projected_on_the_left(llama.shapes(model), config.optim)
     engine.lay_out()
     llama.initialize(engine.holdings, config.train.seed, model.config.initializer_range)
     if isinstance(engine, DDP):

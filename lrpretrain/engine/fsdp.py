@@ -6,8 +6,10 @@ import contextlib
 from collections.abc import Iterator
 
 import torch
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import Shard
 
 from lrpretrain.engine.base import Engine
 from lrpretrain.model.llama import materialize
@@ -18,15 +20,28 @@ class FSDP(Engine):
 
     compute: torch.dtype = torch.float32
     accumulate_unsharded: bool = False
+    replicas: int = 1
+    by_columns: frozenset[str] = frozenset()
 
     def lay_out(self) -> None:
         """Shard the model over all processes, then give it memory: it never exists whole."""
-        mesh = init_device_mesh(self.device.type, (self.procs.n_procs,))
+        shards = self.procs.n_procs // self.replicas
+        if self.replicas == 1:
+            mesh = init_device_mesh(self.device.type, (shards,), mesh_dim_names=("shard",))
+        else:
+            shape, dims = (self.replicas, shards), ("replicate", "shard")
+            mesh = init_device_mesh(self.device.type, shape, mesh_dim_names=dims)
+        names = {param: name for name, param in self.model.named_parameters()}
+
+        def place(param: nn.Parameter) -> Shard | None:
+            fits = names[param] in self.by_columns and param.shape[1] % shards == 0
+            return Shard(1) if fits else None
+
         # Reduction in float32: gradients rounded before they are added up cost accuracy, the wires are fast.
         policy = MixedPrecisionPolicy(param_dtype=self.compute, reduce_dtype=torch.float32)
         for block in self.model.model.layers:
-            fully_shard(block, mesh=mesh, mp_policy=policy)
-        fully_shard(self.model, mesh=mesh, mp_policy=policy)
+            fully_shard(block, mesh=mesh, mp_policy=policy, shard_placement_fn=place)
+        fully_shard(self.model, mesh=mesh, mp_policy=policy, shard_placement_fn=place)
         materialize(self.model, self.device)
 
     @contextlib.contextmanager

@@ -10,40 +10,56 @@ from torch import Tensor
 
 from lrpretrain.config import OptimConfig
 from lrpretrain.errors import Problem
+from lrpretrain.optim.galore import side_of
 from lrpretrain.optim.optimizer import AdamW, GaLoreAdamW, ShardedOptimizer
 
 
-def matched(names: Iterable[str], optim: OptimConfig) -> dict[str, int]:
-    """Return the rank of every parameter that the rule applies to, by the parameter's name."""
+def matched(shapes: Mapping[str, tuple[int, ...]], optim: OptimConfig) -> dict[str, int]:
+    """Return the rank of every matrix that the rule applies to, by the parameter's name."""
     ranks = {}
-    for name in names:
+    for name, shape in shapes.items():
         layer, _, kind = name.rpartition(".")
-        if kind == "weight" and any(fnmatchcase(layer, f"*{pattern}") for pattern in optim.targets):
-            own = optim.attn_rank if "attn" in layer else optim.mlp_rank if "mlp" in layer else None
-            ranks[name] = own or optim.rank
+        targeted = any(fnmatchcase(layer, f"*{pattern}") for pattern in optim.targets)
+        if kind == "weight" and len(shape) == 2 and targeted:
+            ranks[name] = getattr(optim, _rank_field(name, optim))
     return ranks
+
+
+def _rank_field(name: str, optim: OptimConfig) -> str:
+    if "attn" in name and optim.attn_rank is not None:
+        return "attn_rank"
+    if "mlp" in name and optim.mlp_rank is not None:
+        return "mlp_rank"
+    return "rank"
 
 
 def problems(shapes: Mapping[str, tuple[int, ...]], optim: OptimConfig) -> list[Problem | str]:
     """Return what cannot work: a pattern that matches nothing, a rank larger than a matrix."""
-    if optim.rule == "adamw":
-        return []
     found: list[Problem | str] = []
     for pattern in optim.targets:
-        only = OptimConfig(targets=[pattern])
-        if not matched((name for name, shape in shapes.items() if len(shape) == 2), only):
+        if not matched(shapes, OptimConfig(targets=[pattern])):
             remedy = "Use names of linear layers such as *.self_attn.q_proj"
             found.append(Problem("optim.targets", pattern, "matches no matrix of the model", remedy))
-    too_large: dict[int, list[str]] = {}
+    if optim.rule == "adamw":
+        return found
+    too_large: dict[str, list[str]] = {}
     for name, rank in matched(shapes, optim).items():
         if rank > min(shapes[name]):
-            too_large.setdefault(rank, []).append(name)
-    for rank, names in too_large.items():
+            too_large.setdefault(_rank_field(name, optim), []).append(name)
+    for field, names in too_large.items():
         name = min(names, key=lambda n: min(shapes[n]))
         reason = f"is larger than the smallest matched matrix ({name}: {shapes[name][0]} × {shapes[name][1]})"
         remedy = "Lower it, or exclude the matrix in optim.targets"
-        found.append(Problem("optim.rank", rank, reason, remedy))
+        found.append(Problem(f"optim.{field}", getattr(optim, field), reason, remedy))
     return found
+
+
+def projected_on_the_left(shapes: Mapping[str, tuple[int, ...]], optim: OptimConfig) -> frozenset[str]:
+    """Return the matrices of which the rule needs whole columns rather than whole rows."""
+    if optim.rule != "galore":
+        return frozenset()
+    names = matched(shapes, optim)
+    return frozenset(name for name in names if side_of(shapes[name], optim.side) == "left")
 
 
 def build_optimizer(params: Iterable[tuple[str, Tensor]], optim: OptimConfig) -> ShardedOptimizer:
@@ -51,8 +67,20 @@ def build_optimizer(params: Iterable[tuple[str, Tensor]], optim: OptimConfig) ->
 
     Every param group carries its peak rate as `peak_lr`. Non-finite gradients are the engine's business.
     """
-    named = list(params)
+    named = dict(params)
+    ranks = matched({name: tuple(param.shape) for name, param in named.items()}, optim)
     regular_lr = optim.lr if optim.lr_regular is None else optim.lr_regular
+    groups: list[dict[str, Any]] = [
+        {
+            "params": [(n, p) for n, p in named.items() if n not in ranks],
+            "lr": regular_lr,
+            "peak_lr": regular_lr,
+        }
+    ]
+    for rank in sorted(set(ranks.values())):
+        members = [(n, p) for n, p in named.items() if ranks.get(n) == rank]
+        groups.append({"params": members, "peak_lr": optim.lr, **_rule_options(optim, rank)})
+    groups = [group for group in groups if group["params"]]
     common: dict[str, Any] = {
         "lr": optim.lr,
         "betas": optim.betas,
@@ -60,24 +88,19 @@ def build_optimizer(params: Iterable[tuple[str, Tensor]], optim: OptimConfig) ->
         "weight_decay": optim.weight_decay,
         "check_finite": False,
     }
+    return AdamW(groups, **common) if optim.rule == "adamw" else GaLoreAdamW(groups, **common)
+
+
+def _rule_options(optim: OptimConfig, rank: int) -> dict[str, Any]:
+    """Return the options of a param group, in the words of the rule's authors."""
     if optim.rule == "adamw":
-        return AdamW([{"params": named, "lr": optim.lr, "peak_lr": optim.lr}], **common)
-    ranks = matched((name for name, _ in named), optim)
-    groups: list[dict[str, Any]] = [
-        {"params": [(n, p) for n, p in named if n not in ranks], "lr": regular_lr, "peak_lr": regular_lr}
-    ]
-    for rank in sorted(set(ranks.values())):
-        groups.append(
-            {
-                "params": [(n, p) for n, p in named if ranks.get(n) == rank],
-                "peak_lr": optim.lr,
-                "rank": rank,
-                "update_proj_gap": optim.refresh_every,
-                "scale": optim.scale,
-                "proj_type": optim.side,
-                "subspace": optim.subspace,
-                "refresh": optim.refresh,
-                "moments_at_refresh": optim.moments_at_refresh,
-            }
-        )
-    return GaLoreAdamW([g for g in groups if g["params"]], **common)
+        return {}
+    return {
+        "rank": rank,
+        "update_proj_gap": optim.refresh_every,
+        "scale": optim.scale,
+        "proj_type": optim.side,
+        "subspace": optim.subspace,
+        "refresh": optim.refresh,
+        "moments_at_refresh": optim.moments_at_refresh,
+    }

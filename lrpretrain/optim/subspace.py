@@ -37,7 +37,7 @@ def leading_subspace(
     """Return the leading right-singular vectors (b, n, rank), in float32 or better.
 
     `start` is the previous basis (b, n, rank), or None at the first refresh; `turns` counts the refreshes
-    of each matrix so far (none). Every process of the matrices' group must call this; all of them get the same result.
+    of each matrix so far (0). Every process of the matrices' group must call this; all get the same result.
     """
     turns = turns or [0] * len(G)
     if method == "svd":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from lrpretrain.config import Config, check
+from lrpretrain.config import Config
 from lrpretrain.errors import ConfigError, Problem
 from lrpretrain.model import llama
 from lrpretrain.optim import groups
@@ -23,6 +23,142 @@ def problems(config: Config, n_procs: int) -> list[Problem | str]:
             Problem("data.seq_len", config.data.seq_len, reason, "Lower it, or use another model.config")
         )
     return found + groups.problems(llama.shapes(llama.build(shape)), config.optim)
+
+
+def check(config: Config, n_procs: int) -> list[Problem | str]:
+    """Return what cannot work in a configuration by itself, without a look at models or data."""
+    data, optim, train, engine, precision = (
+        config.data,
+        config.optim,
+        config.train,
+        config.engine,
+        config.precision,
+    )
+    found: list[Problem | str] = []
+
+    def refuse(wrong: bool, key: str, reason: str, remedy: str) -> None:
+        if wrong:
+            section, name = key.split(".")
+            found.append(Problem(key, getattr(getattr(config, section), name), reason, remedy))
+
+    whole = "data.seq_len data.lanes data.prefetch data.workers optim.rank optim.refresh_every train.steps"
+    for key in [
+        *whole.split(),
+        *"train.micro_batch train.global_batch train.log_every train.eval_tokens".split(),
+    ]:
+        section, name = key.split(".")
+        refuse(getattr(getattr(config, section), name) < 1, key, "must be at least 1", "Raise it")
+    for key in "train.eval_every train.save_every train.keep_checkpoints train.warmup_steps".split():
+        refuse(getattr(train, key.split(".")[1]) < 0, key, "must not be negative", "0 turns it off")
+    restarts = train.restart_warmup_steps < 0
+    refuse(restarts, "train.restart_warmup_steps", "must not be negative", "0 turns it off")
+    for key, rank in (("optim.attn_rank", optim.attn_rank), ("optim.mlp_rank", optim.mlp_rank)):
+        refuse(rank is not None and rank < 1, key, "must be at least 1", "Raise it, or leave it out")
+    for key in "optim.lr optim.lr_regular optim.eps optim.scale engine.timeout_s data.hub_patience_s".split():
+        section, name = key.split(".")
+        number = getattr(getattr(config, section), name)
+        fits = number is None or (number > 0 and math.isfinite(number))
+        refuse(not fits, key, "must be a number above 0", "Raise it")
+    refuse(not all(0 <= b < 1 for b in optim.betas), "optim.betas", "must lie in [0, 1)", "Use [0.9,0.999]")
+    refuse(
+        not 0 <= optim.weight_decay < math.inf, "optim.weight_decay", "must not be negative", "0 turns it off"
+    )
+    refuse(
+        train.clip_norm is not None and not train.clip_norm > 0,
+        "train.clip_norm",
+        "must be above 0",
+        "Leave it out",
+    )
+    refuse(not 0 <= train.min_lr_ratio <= 1, "train.min_lr_ratio", "must lie in [0, 1]", "Use 0.1")
+    refuse(data.epochs is not None and data.epochs < 1, "data.epochs", "must be at least 1", "Leave it out")
+    refuse(data.seq_len == 1, "data.seq_len", "a row of one token has nothing to predict", "Raise it")
+
+    refuse(
+        train.warmup_steps >= train.steps,
+        "train.warmup_steps",
+        f"is not below train.steps={train.steps}",
+        "Lower it",
+    )
+    decay = train.decay_steps
+    if train.schedule == "wsd" and decay is not None:
+        room = train.steps - train.warmup_steps
+        refuse(
+            not 0 < decay <= room,
+            "train.decay_steps",
+            f"does not fit into {room} steps after the warm-up",
+            "Lower it",
+        )
+    if train.schedule == "cosine_restart":
+        refuse(
+            (train.restart_every or 0) < 1,
+            "train.restart_every",
+            "cosine_restart needs it",
+            "Give a number of steps",
+        )
+
+    slots = max(train.micro_batch, 1) * n_procs
+    refuse(
+        train.global_batch % slots != 0,
+        "train.global_batch",
+        f"is not a multiple of {n_procs} processes × train.micro_batch={train.micro_batch}",
+        f"Use {max(train.global_batch // slots, 1) * slots}, or another train.micro_batch",
+    )
+    refuse(
+        engine.kind == "local" and n_procs > 1,
+        "engine.kind",
+        f"local runs in one process, and {n_procs} were started",
+        "Use fsdp or ddp",
+    )
+    refuse(
+        engine.replicas < 1 or n_procs % max(engine.replicas, 1) != 0,
+        "engine.replicas",
+        f"does not divide the {n_procs} processes",
+        "Use 1, or the number of nodes",
+    )
+    refuse(
+        engine.replicas > 1 and engine.kind != "fsdp",
+        "engine.replicas",
+        f"engine.kind={engine.kind} has no shards to replicate",
+        "Use engine.kind=fsdp",
+    )
+    refuse(
+        engine.accumulate_unsharded and engine.kind != "fsdp",
+        "engine.accumulate_unsharded",
+        f"engine.kind={engine.kind} keeps whole gradients anyway",
+        "Leave it out",
+    )
+    refuse(
+        precision.compute != precision.params and (engine.kind != "fsdp" or precision.params == "bfloat16"),
+        "precision.compute",
+        f"is not supported over precision.params={precision.params} with engine.kind={engine.kind}",
+        "Use bfloat16 over float32 with engine.kind=fsdp (one process will do), or the same for both",
+    )
+    refuse(
+        data.document_mask and data.sequences == "pad",
+        "data.document_mask",
+        "rows of pad hold one document",
+        "Use data.sequences=pack",
+    )
+    needs_path = data.source in ("files", "tokens") and not data.path
+    refuse(
+        needs_path,
+        "data.path",
+        f"data.source={data.source} needs it",
+        "Name the folder (or glob) of the shards",
+    )
+    refuse(
+        data.source == "sample" and data.path is not None,
+        "data.path",
+        "the embedded corpus has no path",
+        "Use data.source=files",
+    )
+    refuse(
+        data.source in ("files", "hub") and not data.tokenizer,
+        "data.tokenizer",
+        "text needs a tokenizer",
+        "Name a .model file (`lrpretrain tokenizer train` makes one) or one of the hub (t5-base)",
+    )
+    return found
 
 
 def describe(config: Config, n_procs: int) -> str:

@@ -25,7 +25,7 @@ def lr_ratio(step: int, train: TrainConfig) -> float:
     if train.schedule == "linear":
         return 1 - (1 - low) * progress
     if train.schedule == "wsd":
-        decay = train.decay_steps or max(train.steps // 5, 1)
+        decay = train.decay_steps or min(max(train.steps // 5, 1), train.steps - train.warmup_steps)
         left = train.steps - step
         return 1.0 if left > decay else low + (1 - low) * left / decay
     cosine = low + (1 - low) * (1 + math.cos(math.pi * progress)) / 2

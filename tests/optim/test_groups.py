@@ -59,8 +59,8 @@ def test_patterns(toy, pattern, count):
 
 
 def test_biases_are_never_matched():
-    names = ["a.q_proj.weight", "a.q_proj.bias", "q_proj"]
-    assert list(matched(names, OptimConfig(targets=["*q_proj"]))) == ["a.q_proj.weight"]
+    shapes = {"a.q_proj.weight": (4, 4), "a.q_proj.bias": (4,), "q_proj": (4, 4), "q_proj.norm.weight": (4,)}
+    assert list(matched(shapes, OptimConfig(targets=["*q_proj*"]))) == ["a.q_proj.weight"]
 
 
 def test_a_pattern_that_matches_nothing_is_a_problem(toy):
@@ -97,25 +97,30 @@ def test_every_rank_that_is_too_large_is_a_problem(toy):
     assert ["self_attn" in p.reason for p in sorted(both, key=lambda p: p.value)] == [True, False]
 
 
-def test_adamw_looks_at_no_target_and_no_rank(toy):
-    assert problems(toy, OptimConfig(rule="adamw", targets=["nothing"], rank=10**6)) == []
+def test_adamw_looks_at_no_rank(toy):
+    assert problems(toy, OptimConfig(rule="adamw", rank=10**6)) == []
+    assert problems(toy, OptimConfig(rule="adamw", targets=["nothing"]))
 
 
-def test_adamw_has_one_group(toy):
+def test_adamw_trains_the_targets_with_lr_and_the_rest_with_lr_regular(toy):
     params = named_params(toy)
-    optimizer = build_optimizer(params, OptimConfig(rule="adamw", lr=0.5, weight_decay=0.1, betas=(0.8, 0.9)))
+    optim = OptimConfig(rule="adamw", lr=0.5, lr_regular=0.2, weight_decay=0.1, betas=(0.8, 0.9))
+    optimizer = build_optimizer(params, optim)
     assert type(optimizer) is AdamW
-    (group,) = optimizer.param_groups
-    assert group["param_names"] == list(toy)
-    assert all(a is b for a, (_, b) in zip(group["params"], params, strict=True))
-    assert {k: group[k] for k in ("lr", "peak_lr", "weight_decay", "betas", "eps")} == {
-        "lr": 0.5,
-        "peak_lr": 0.5,
-        "weight_decay": 0.1,
-        "betas": (0.8, 0.9),
-        "eps": 1e-6,
-    }
-    assert group.get("rank") is None and not optimizer.check_finite
+    regular, targets = optimizer.param_groups
+    assert set(targets["param_names"]) == set(matched(toy, optim))
+    assert set(regular["param_names"]) == set(toy) - set(targets["param_names"])
+    assert {id(p) for g in optimizer.param_groups for p in g["params"]} == {id(p) for _, p in params}
+    for group, lr in ((regular, 0.2), (targets, 0.5)):
+        assert {k: group[k] for k in ("lr", "peak_lr", "weight_decay", "betas", "eps")} == {
+            "lr": lr,
+            "peak_lr": lr,
+            "weight_decay": 0.1,
+            "betas": (0.8, 0.9),
+            "eps": 1e-6,
+        }
+        assert group.get("rank") is None
+    assert not optimizer.check_finite
 
 
 def test_galore_groups_by_rank_and_leaves_the_rest_regular(toy):

@@ -42,11 +42,21 @@ def test_losses_do_not_depend_on_the_layout(bench, reference, n_procs, engines):
     command_lines = [line for engine in engines for line in lines(bench, n_procs, engine)]
     if n_procs == 2:
         command_lines += lines(bench, 2, "fsdp", engine__accumulate_unsharded="true")
+        command_lines += lines(bench, 2, "fsdp", engine__shard_columns="false")
+        command_lines += lines(bench, 2, "fsdp", engine__replicas="2")
     assert launch(n_procs, command_lines) == [0] * len(command_lines)
     for engine in engines:
         agree(bench, reference, n_procs, engine)
     if n_procs == 2:
-        agree(bench, reference, 2, "fsdp", "engine__accumulate_unsharded")
+        for more in ("engine__accumulate_unsharded", "engine__shard_columns", "engine__replicas"):
+            agree(bench, reference, 2, "fsdp", more)
+
+
+@pytest.mark.slow
+def test_losses_do_not_depend_on_replicated_shards(bench, reference):
+    command_lines = lines(bench, 4, "fsdp", engine__replicas="2", train__micro_batch=1)
+    assert launch(4, command_lines) == [0] * len(command_lines)
+    agree(bench, reference, 4, "fsdp", "engine__replicastrain__micro_batch")
 
 
 def test_a_run_goes_on_with_another_number_of_processes(bench, reference):

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lrpretrain.config import Config, TrainConfig, check
+from lrpretrain.config import Config, TrainConfig
+from lrpretrain.train.plan import check
 from lrpretrain.train.schedule import lr_ratio
 
 GOLDEN = Path(__file__).parents[1] / "golden"
