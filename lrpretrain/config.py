@@ -68,7 +68,7 @@ class DataConfig:
 class OptimConfig:
     """Which optimizer."""
 
-    rule: Literal["adamw", "galore"] = "galore"
+    rule: Literal["adamw", "galore", "gradnormlorp"] = "galore"
     """The update rule of the matched matrices; everything else is trained with AdamW."""
     lr: float = 0.01
     """Peak learning rate."""
@@ -87,11 +87,11 @@ class OptimConfig:
     mlp_rank: int | None = None
     """Rank in the MLP. Default: optim.rank."""
     scale: float = 0.25
-    """GaLore: factor of the projected update (the authors' galore_scale)."""
+    """galore, gradnormlorp: factor of the projected update (the authors' galore_scale)."""
     refresh_every: int = 200
-    """GaLore: steps between two refreshes of the basis (the authors' update_proj_gap)."""
+    """galore, gradnormlorp: steps between two refreshes of the basis (the authors' update_proj_gap)."""
     side: Literal["std", "reverse_std", "left", "right", "full"] = "std"
-    """GaLore: which side is projected; std is the shorter one."""
+    """galore, gradnormlorp: which side is projected; std is the shorter one."""
     subspace: Literal["svd", "gram", "warm", "randomized", "random"] = "warm"
     """How the basis is found: svd (exact, gathers the gradient), gram (eigenvectors of the Gram matrix), warm
     (one subspace iteration from the previous basis), randomized (two from a random start), random."""

@@ -87,14 +87,10 @@ class GaLore:
 
     def update(self, W: Matrices, G: Matrices, s: dict[str, Tensor], hp: Group) -> None:
         """Update a batch of matrices and its state in place. All processes that hold a tile must call it."""
-        gap = hp["update_proj_gap"]
-        clocks = zip(s["step"].tolist(), s["phase"].tolist(), strict=True)
-        due = [i for i, (t, phase) in enumerate(clocks) if t == 0 or (t - phase) % gap == 0]
-        if due:
+        if due := self._due(s, hp):
             self._refresh(G[due], s, due, hp)
         s["step"] += 1
         s["age"] += 1
-
         P = s["basis"]
         R = G @ P  # (b, m', r)
         if "basis_left" in s:
@@ -105,6 +101,13 @@ class GaLore:
             N = A @ N  # (b, m', r)
         W.add_lowrank(N, P, [-eta * hp["scale"] for eta in step_sizes(s["age"].tolist(), hp)])
         W.scale(1 - hp["lr"] * hp["weight_decay"])
+
+    def _due(self, s: dict[str, Tensor], hp: Group) -> list[int]:
+        """Return which matrices of the batch need a new basis in this update."""
+        clocks = zip(s["step"].tolist(), s["phase"].tolist(), strict=True)
+        return [
+            i for i, (t, phase) in enumerate(clocks) if t == 0 or (t - phase) % hp["update_proj_gap"] == 0
+        ]
 
     def _refresh(self, G: Matrices, s: dict[str, Tensor], due: list[int], hp: Group) -> None:
         began = time.perf_counter()

@@ -11,7 +11,9 @@ from torch import Tensor
 from lrpretrain.config import OptimConfig
 from lrpretrain.errors import Problem
 from lrpretrain.optim.galore import side_of
-from lrpretrain.optim.optimizer import AdamW, GaLoreAdamW, ShardedOptimizer
+from lrpretrain.optim.optimizer import AdamW, GaLoreAdamW, GradNormLoRPAdamW, ShardedOptimizer
+
+RULES = {"adamw": AdamW, "galore": GaLoreAdamW, "gradnormlorp": GradNormLoRPAdamW}
 
 
 def matched(shapes: Mapping[str, tuple[int, ...]], optim: OptimConfig) -> dict[str, int]:
@@ -42,6 +44,12 @@ def problems(shapes: Mapping[str, tuple[int, ...]], optim: OptimConfig) -> list[
             found.append(Problem("optim.targets", pattern, "matches no matrix of the model", remedy))
     if optim.rule == "adamw":
         return found
+    if optim.rule == "gradnormlorp" and optim.side == "full":
+        reason = "is not defined for the weight-normalised directions of gradnormlorp"
+        found.append(Problem("optim.side", optim.side, reason, "Use std"))
+    if optim.side == "full" and optim.moments_at_refresh == "rotate":
+        reason = "is not defined for optim.side=full"
+        found.append(Problem("optim.moments_at_refresh", "rotate", reason, "Use keep or reset"))
     too_large: dict[str, list[str]] = {}
     for name, rank in matched(shapes, optim).items():
         if rank > min(shapes[name]):
@@ -56,7 +64,7 @@ def problems(shapes: Mapping[str, tuple[int, ...]], optim: OptimConfig) -> list[
 
 def projected_on_the_left(shapes: Mapping[str, tuple[int, ...]], optim: OptimConfig) -> frozenset[str]:
     """Return the matrices of which the rule needs whole columns rather than whole rows."""
-    if optim.rule != "galore":
+    if optim.rule == "adamw":
         return frozenset()
     names = matched(shapes, optim)
     return frozenset(name for name in names if side_of(shapes[name], optim.side) == "left")
@@ -88,7 +96,7 @@ def build_optimizer(params: Iterable[tuple[str, Tensor]], optim: OptimConfig) ->
         "weight_decay": optim.weight_decay,
         "check_finite": False,
     }
-    return AdamW(groups, **common) if optim.rule == "adamw" else GaLoreAdamW(groups, **common)
+    return RULES[optim.rule](groups, **common)
 
 
 def _rule_options(optim: OptimConfig, rank: int) -> dict[str, Any]:

@@ -10,7 +10,7 @@ tile. Arguments with n rows are whole on every process; arguments with m' rows l
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
@@ -27,9 +27,7 @@ class Matrices:
     said there.
     """
 
-    def __init__(
-        self, holdings: Sequence[Holding], local: Callable[[Holding], Tensor], transposed: bool = False
-    ):
+    def __init__(self, holdings: Sequence[Holding], tensors: Sequence[Tensor], transposed: bool = False):
         first = holdings[0]
         self.holdings = list(holdings)
         self.transposed = transposed
@@ -38,19 +36,45 @@ class Matrices:
         self.tile: Tile = first.tile.T if transposed else first.tile
         self.group = first.group
         self.split = None if first.split is None else (1 - first.split if transposed else first.split)
-        self._local = local
-        self.tensors = [local(h).T if transposed else local(h) for h in holdings]  # b × (m', n')
+        self.tensors = [t.T if transposed else t for t in tensors]  # b × (m', n')
+
+    @classmethod
+    def weights(cls, holdings: Sequence[Holding], transposed: bool = False) -> Matrices:
+        """Return the weights; what is done in place is done to the parameters."""
+        return cls(holdings, [h.weight for h in holdings], transposed)
+
+    @classmethod
+    def gradients(cls, holdings: Sequence[Holding], transposed: bool = False) -> Matrices:
+        """Return the gradients, which must be there."""
+        return cls(holdings, [g for h in holdings if (g := h.grad) is not None], transposed)
 
     def __len__(self) -> int:
         return len(self.tensors)
 
     def __getitem__(self, which: Sequence[int]) -> Matrices:
         """Return the batch of some of the matrices."""
-        return Matrices([self.holdings[i] for i in which], self._local, self.transposed)
+        return self.like([self.tensors[i] for i in which], [self.holdings[i] for i in which])
+
+    def like(self, tensors: Sequence[Tensor], holdings: Sequence[Holding] | None = None) -> Matrices:
+        """Return matrices of other values (b × (m', n')) that lie as these do."""
+        batch = Matrices(holdings or self.holdings, tensors)
+        batch.transposed, batch.shape, batch.tile, batch.split = (
+            self.transposed,
+            self.shape,
+            self.tile,
+            self.split,
+        )
+        return batch
 
     def __matmul__(self, X: Tensor) -> Tensor:
         """Return the tile's rows of G X (b, m', k) for X (b, n, k). Communicates where columns are split."""
+        return self.matmul(X)
+
+    def matmul(self, X: Tensor, stretch: Tensor | None = None) -> Tensor:
+        """Return G X, with the columns of G stretched by factors (b, n') first. Communicates as `@` does."""
         X = X[:, self.tile.span(1)]
+        if stretch is not None:
+            X = stretch.to(X)[..., None] * X
         return self._sum(torch.stack([G @ x for G, x in zip(self.tensors, X, strict=True)]), over=1)
 
     def t_matmul(self, Y: Tensor) -> Tensor:
@@ -95,6 +119,22 @@ class Matrices:
         """Multiply in place. No communication."""
         if factor != 1:
             torch._foreach_mul_(self.tensors, factor)
+
+    def dot(self, other: Matrices, dim: int) -> Tensor:
+        """Return inner products with another batch, of columns (dim 0) or rows (dim 1), in float32 or more.
+
+        Lies like the tile along the other dimension: (b, n') for dim 0, (b, m') for dim 1. Communicates where
+        `dim` is split.
+        """
+        dtype = torch.promote_types(self.tensors[0].dtype, torch.float32)
+        pairs = zip(self.tensors, other.tensors, strict=True)
+        return self._sum(torch.stack([(A.to(dtype) * B.to(dtype)).sum(dim) for A, B in pairs]), over=dim)
+
+    def stretch(self, factors: Tensor, dim: int) -> None:
+        """Multiply rows (dim 1; factors (b, m')) or columns (dim 0; (b, n')) in place. No communication."""
+        torch._foreach_mul_(
+            self.tensors, [f.to(T).unsqueeze(dim) for T, f in zip(self.tensors, factors, strict=True)]
+        )
 
     def _sum(self, tensor: Tensor, over: int) -> Tensor:
         """Add up over the group where dimension `over` of the matrices is split."""

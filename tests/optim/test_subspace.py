@@ -11,7 +11,7 @@ METHODS = ["svd", "gram", "warm", "randomized"]
 
 
 def batch(*matrices, transposed=False):
-    return Matrices([hold(f"layer{i}", G) for i, G in enumerate(matrices)], lambda h: h.weight, transposed)
+    return Matrices.weights([hold(f"layer{i}", G) for i, G in enumerate(matrices)], transposed)
 
 
 def matrix(m=96, n=64, seed=0, decay=1.0):

@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.distributed.tensor.debug import CommDebugMode
 
 from lrpretrain.errors import ConfigError
-from lrpretrain.optim import AdamW, GaLoreAdamW
+from lrpretrain.optim import AdamW, GaLoreAdamW, GradNormLoRPAdamW
 
 SHAPES = [
     (13, 6),
@@ -32,8 +32,10 @@ def tensors(seed, shapes):
 def build(params, options):
     if options is None:
         return AdamW(params, lr=0.01, weight_decay=0.1)
+    options = dict(options)
+    optimizer = {"galore": GaLoreAdamW, "gradnormlorp": GradNormLoRPAdamW}[options.pop("rule", "galore")]
     groups = [{"params": params, "rank": 2, "update_proj_gap": 3, "scale": 0.5} | options]
-    return GaLoreAdamW(groups, lr=0.01, weight_decay=0.1)
+    return optimizer(groups, lr=0.01, weight_decay=0.1)
 
 
 def train(shapes, options, place):
@@ -56,6 +58,10 @@ OPTIONS += [
     {"proj_type": "left", "subspace": "randomized", "refresh": "fixed", "moments_at_refresh": "reset"},
     {"proj_type": "right", "subspace": "random", "refresh": "staggered", "moments_at_refresh": "keep"},
     {"proj_type": "reverse_std", "subspace": "gram", "refresh": "fixed", "moments_at_refresh": "keep"},
+]
+OPTIONS += [
+    {"rule": "gradnormlorp", "proj_type": side, "subspace": subspace}
+    for side, subspace in [("std", "warm"), ("left", "svd"), ("right", "gram")]
 ]
 
 

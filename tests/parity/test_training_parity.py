@@ -5,7 +5,7 @@ import itertools
 import pytest
 from runs import launch
 
-CASES = list(itertools.product(["galore", "adamw"], ["pad", "pack"]))
+CASES = [*itertools.product(["galore", "adamw"], ["pad", "pack"]), ("gradnormlorp", "pack")]
 
 
 def lines(bench, n_procs, engine, **more):
