@@ -7,6 +7,7 @@ configuration is reported before any process group or model exists. Exit codes: 
 from __future__ import annotations
 
 import functools
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -157,4 +158,8 @@ if __name__ == "__main__":
     if exit_code and env_procs()[0] != 0:
         # Launchers end all processes once one has failed: let the one that speaks go first.
         time.sleep(LAST_WORD_S)
-    sys.exit(exit_code)
+    # All that a run leaves is written and closed. Native threads of torch's process groups now and then abort
+    # the interpreter while it is torn down (1 exit in 25 under gloo), which would replace the exit code.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(exit_code)

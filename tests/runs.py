@@ -130,6 +130,9 @@ def _train(proc, n_procs, lines, folder):
         if dist.is_initialized():
             dist.destroy_process_group()
     (folder / f"{proc}.json").write_text(json.dumps(codes))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # as lrpretrain/pretrain.py does, and for the same reason
 
 
 def start(argv, **env):

@@ -32,3 +32,4 @@ def _main(proc, function, n_procs, folder, args):
     if result[0] == "returned":
         dist.barrier()
     dist.destroy_process_group()
+    os._exit(0)  # as lrpretrain/pretrain.py does, and for the same reason
