@@ -94,6 +94,7 @@ def generate(args: argparse.Namespace) -> None:
     from lrpretrain.model import llama
     from lrpretrain.sharding import hold
     from lrpretrain.sharding.procs import Procs
+    from lrpretrain.train.loop import check_tokenizer
 
     path = args.checkpoint
     if not (path / "manifest.json").is_file():
@@ -101,10 +102,14 @@ def generate(args: argparse.Namespace) -> None:
         if not found:
             raise CheckpointError(f"{path} is neither a checkpoint nor a run folder with a complete one.")
         path = found[0]
-    run = config.from_dict(checkpoint.read_run(path)["config"])
-    run.data.tokenizer = args.tokenizer or run.data.tokenizer
+    saved = checkpoint.read_run(path)
+    run = config.from_dict(saved["config"])
+    own = path.resolve().parents[1] / "tokenizer.model"
+    run.data.tokenizer = args.tokenizer or (str(own) if own.is_file() else run.data.tokenizer)
     model = llama.build(llama.load_config(run.model))
     ids = open_tokenizer(run, model.config.vocab_size)
+    if problems := check_tokenizer(path, saved, run, ids):
+        raise ConfigError(problems)
     llama.materialize(model, torch.device("cpu"))
     holdings = [hold(name, param) for name, param in model.named_parameters()]
     checkpoint.load(path, {f"model/{h.name}": h.piece for h in holdings}, Procs())

@@ -114,7 +114,7 @@ def _run(
 ) -> int:
     procs = join(device, config.engine.timeout_s)
     if procs.is_first:
-        run_dir.describe(config, procs.n_procs, device)
+        run_dir.describe(config, procs.n_procs, device, tokenizer.file)
         run_dir.write_status("running", 0)
         for line in (unusable_gpu(), *plan.describe(config, procs.n_procs).splitlines()):
             if line is not None:
@@ -124,7 +124,7 @@ def _run(
     engine = build_engine(config, procs, device, pad_id=tokenizer.pad_id, mask=mask)
     position = None
     if start is not None:
-        restored, position = resume(start, engine, config, procs)
+        restored, position = resume(start, engine, config, procs, tokenizer)
         vars(progress).update(vars(restored))
         if procs.is_first:
             say(f"resumed from {start}")

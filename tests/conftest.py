@@ -28,6 +28,6 @@ def pytest_collection_modifyitems(config, items):
 @pytest.fixture(scope="session")
 def bench(tmp_path_factory):
     """A folder with a tiny model, text and tokenizer, shared by all tests."""
-    from runs import Bench
+    from tiny import Bench
 
     return Bench(tmp_path_factory.mktemp("bench"))

@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 from hub_server import TRAIN, VALIDATION, FakeHub, c4_files, texts
-from runs import finish, launch
+from tiny import finish, launch
 
 from lrpretrain import __version__, cli
 from lrpretrain.data import tokenizer

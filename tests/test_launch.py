@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from runs import ROOT, _free_port
+from tiny import ROOT, _free_port
 
 from lrpretrain import config
 from lrpretrain.train import plan

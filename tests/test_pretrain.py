@@ -8,9 +8,9 @@ import signal
 from pathlib import Path
 
 import pytest
-import runs
+import tiny
 from hub_server import FakeHub
-from runs import finish, kill_at, launch
+from tiny import finish, kill_at, launch
 
 from lrpretrain.pretrain import main
 
@@ -256,7 +256,7 @@ def test_a_run_is_not_overwritten(bench, capfd, uninterrupted):
 def test_checkpoints_that_do_not_fit(bench, capfd, uninterrupted):
     path = bench.folder / "uninterrupted" / "checkpoints" / "step_00000060"
     small = bench.folder / "small.json"
-    small.write_text(json.dumps(runs.TINY | {"num_hidden_layers": 1}))
+    small.write_text(json.dumps(tiny.TINY | {"num_hidden_layers": 1}))
     argv = bench.options("other-model", model__config=small, run__resume=path)
     fails(capfd, argv, 4, "another model", "model.layers.1")
     fails(
@@ -269,6 +269,27 @@ def test_checkpoints_that_do_not_fit(bench, capfd, uninterrupted):
     fails(capfd, argv, 2, "data.seq_len", "optim.side")
     argv = bench.options("other-seed", train__seed=5, run__resume=path, train__steps=99)
     fails(capfd, argv, 2, "train.seed")
+
+
+def test_another_tokenizer_is_refused(bench, capfd, uninterrupted):
+    from lrpretrain.cli import main as tool
+    from lrpretrain.data import tokenizer
+
+    run = bench.folder / "uninterrupted"
+    assert (run / "tokenizer.model").read_bytes() == bench.tokenizer.read_bytes()
+    other = bench.folder / "other.model"
+    tokenizer.train(["another text of other words and letters xyz"] * 50, other, 280)
+    path = run / "checkpoints" / "step_00000060"
+    argv = bench.options("other-tokenizer", data__tokenizer=other, run__resume=path, train__steps=99)
+    fails(capfd, argv, 2, "data.tokenizer", "was trained with sha256:")
+    assert tool(["generate", str(run), "the", "--tokenizer", str(other)]) == 2
+    assert "was trained with sha256:" in capfd.readouterr().err
+    # The run's own copy serves where the original is gone.
+    moved = bench.tokenizer.rename(bench.tokenizer.with_suffix(".gone"))
+    try:
+        assert tool(["generate", str(run), "the", "--tokens", "3"]) == 0
+    finally:
+        moved.rename(bench.tokenizer)
 
 
 def test_a_checkpoint_of_elsewhere_starts_another_run(bench, uninterrupted):

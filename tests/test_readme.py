@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from runs import ROOT
+from tiny import ROOT
 
 from lrpretrain import __version__, cli, config
 from lrpretrain.train import plan

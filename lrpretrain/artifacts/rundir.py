@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shutil
 import socket
 import sys
 from importlib import metadata
@@ -25,6 +26,7 @@ class RunDir:
         self.path = Path(path)
         self.metrics = self.path / "metrics.jsonl"
         self.tensorboard = self.path / "tensorboard"
+        self.tokenizer = self.path / "tokenizer.model"
         self.checkpoints = self.path / "checkpoints"
         self._status = self.path / "status.json"
 
@@ -48,8 +50,10 @@ class RunDir:
                 [Problem("run.dir", str(self.path), "holds a run, which would be overwritten", remedy)]
             )
 
-    def describe(self, config: Config, n_procs: int, device: torch.device) -> None:
-        """Write config.yaml and environment.json."""
+    def describe(self, config: Config, n_procs: int, device: torch.device, tokenizer: Path | None) -> None:
+        """Write config.yaml and environment.json, and a copy of the sentencepiece file, if there is one."""
+        if tokenizer is not None and not self.tokenizer.exists():
+            shutil.copyfile(tokenizer, self.tokenizer)
         write_atomically(self.path / "config.yaml", to_yaml(config))
         packages = ("torch", "deepspeed", "transformers", "datasets", "sentencepiece", "numpy")
         environment = {

@@ -102,13 +102,14 @@ class Tokenizer:
     """A tokenizer that fits a model; made by `load`. All methods may be called from several threads.
 
     ``size`` is the number of ids that it can give; ``identity`` tells tokenizers apart: the SHA-256
-    of a sentencepiece file, or the name; ``sentinels_mapped`` counts the ids that became ``unk_id``
+    of a sentencepiece ``file``, or the name; ``sentinels_mapped`` counts the ids that became ``unk_id``
     because they were sentinels at or above the model's vocabulary.
     """
 
     def __init__(self, spec: str, vocab_size: int, backend: _Backend):
         self._spec, self._vocab_size, self._backend = spec, vocab_size, backend
         self.identity = backend.identity
+        self.file = path if (path := Path(spec).expanduser()).is_file() else None
         self.size = min(backend.size, vocab_size)
         self.pad_id, self.eos_id, self.unk_id = _special_ids(spec, backend)
         self.sentinels_mapped = 0

@@ -86,6 +86,7 @@ class Trainer:
             "data": self.loader.state_dict(),
             "random": base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode(),
             "config": asdict(self.config),
+            "tokenizer": self.tokenizer.identity,
         }
         path = checkpoint.save(self.run_dir.checkpoints, self.engine.pieces(), run, self.procs)
         self.progress.saved = self.progress.step
@@ -156,14 +157,16 @@ IDENTITY = (
 )
 
 
-def resume(path: Path, engine: Engine, config: Config, procs: Procs) -> tuple[Progress, dict[str, Any]]:
+def resume(
+    path: Path, engine: Engine, config: Config, procs: Procs, tokenizer: Tokenizer
+) -> tuple[Progress, dict[str, Any]]:
     """Read a checkpoint into the engine; return the progress and the data's position.
 
     Raises CheckpointError for one that is damaged or of another model, ConfigError for one whose run was
     configured otherwise in what cannot change on the way.
     """
     run = checkpoint.read_run(path)
-    problems: list[Problem | str] = []
+    problems = check_tokenizer(path, run, config, tokenizer)
     for key in IDENTITY:
         section, name = key.split(".")
         then, now = run["config"][section][name], asdict(config)[section][name]
@@ -178,3 +181,14 @@ def resume(path: Path, engine: Engine, config: Config, procs: Procs) -> tuple[Pr
         raise ConfigError([Problem("train.steps", config.train.steps, reason, "Raise it")])
     torch.set_rng_state(torch.frombuffer(bytearray(base64.b64decode(run["random"])), dtype=torch.uint8))
     return Progress(run["step"], run["tokens"], run["step"]), run["data"]
+
+
+def check_tokenizer(
+    path: Path, run: dict[str, Any], config: Config, tokenizer: Tokenizer
+) -> list[Problem | str]:
+    """Return what is wrong if a checkpoint was trained with another tokenizer."""
+    if run["tokenizer"] == tokenizer.identity:
+        return []
+    reason = f"is {tokenizer.identity}, but {path} was trained with {run['tokenizer']}"
+    remedy = "Name that one, such as the tokenizer.model of its run folder"
+    return [Problem("data.tokenizer", config.data.tokenizer, reason, remedy)]

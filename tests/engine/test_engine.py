@@ -5,8 +5,8 @@ import resource
 import pytest
 import torch
 import torch.distributed as dist
-from runs import TINY
 from spawn import spawn
+from tiny import TINY
 from torch.distributed.tensor import DTensor
 
 from lrpretrain.config import Config, DataConfig, EngineConfig, OptimConfig, PrecisionConfig

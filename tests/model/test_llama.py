@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from runs import TINY
+from tiny import TINY
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lrpretrain.config import ModelConfig

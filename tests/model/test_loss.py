@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from runs import TINY
+from tiny import TINY
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lrpretrain.model.loss import token_loss_sum

@@ -3,7 +3,7 @@
 import itertools
 
 import pytest
-from runs import launch
+from tiny import launch
 
 CASES = [*itertools.product(["galore", "adamw"], ["pad", "pack"]), ("gradnormlorp", "pack")]
 
