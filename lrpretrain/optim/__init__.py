@@ -1,5 +1,6 @@
 """Optimizers: rules as pages of their papers, and the torch optimizers that run them on any sharding."""
 
+from lrpretrain.optim.loro import LOROAdamW
 from lrpretrain.optim.optimizer import AdamW, GaLoreAdamW, GradNormLoRPAdamW, ShardedOptimizer
 
-__all__ = ["AdamW", "GaLoreAdamW", "GradNormLoRPAdamW", "ShardedOptimizer"]
+__all__ = ["AdamW", "GaLoreAdamW", "GradNormLoRPAdamW", "LOROAdamW", "ShardedOptimizer"]

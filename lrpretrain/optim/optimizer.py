@@ -99,14 +99,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
             )
             return loss
         for group, holdings in self._regular:
-            ready = [h for h in holdings if h.param.grad is not None]
-            if ready:
-                adamw(
-                    [h.weight for h in ready],
-                    [_grad(h) for h in ready],
-                    [self.state[h.param] for h in ready],
-                    group,
-                )
+            self._update_regular(group, [h for h in holdings if h.param.grad is not None])
         if self.rule is not None:
             for batch in self._batches:
                 batch.update(self.rule)
@@ -162,6 +155,11 @@ class ShardedOptimizer(torch.optim.Optimizer):
                 tensor.copy_(saved)
         for group, saved in zip(self.param_groups, theirs, strict=True):
             group.update({k: v for k, v in saved.items() if k not in ("params", "param_names")})
+
+    def _update_regular(self, group: dict[str, Any], ready: list[Holding]) -> None:
+        if ready:
+            state = [self.state[h.param] for h in ready]
+            adamw([h.weight for h in ready], [_grad(h) for h in ready], state, group)
 
     def _add_regular(self, group: dict[str, Any], holdings: list[Holding]) -> None:
         for h in holdings:

@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.distributed.tensor.debug import CommDebugMode
 
 from lrpretrain.errors import ConfigError
-from lrpretrain.optim import AdamW, GaLoreAdamW, GradNormLoRPAdamW
+from lrpretrain.optim import AdamW, GaLoreAdamW, GradNormLoRPAdamW, LOROAdamW
 
 SHAPES = [
     (13, 6),
@@ -65,6 +65,23 @@ OPTIONS += [
 ]
 
 
+def train_pairs(place):
+    """Run LORO over lazy steps, an exact one and a refresh; return the whole products."""
+    ranks = [(13, 9, 3), (12, 12, 4), (13, 9, 3)]
+    ins = [torch.nn.Parameter(place(t)) for t in tensors(0, [(n, r) for _, n, r in ranks])]
+    outs = [torch.nn.Parameter(place(t)) for t in tensors(1, [(m, r) for m, _, r in ranks])]
+    groups = [{"type": "lowrank_in", "params": ins}, {"type": "lowrank_out", "params": outs}]
+    optimizer = LOROAdamW(groups, lr=0.01, exact_every=3, refresh="all")
+    for t in range(STEPS):
+        for params, seed in ((ins, 2 * t + 10), (outs, 2 * t + 11)):
+            for p, grad in zip(params, tensors(seed, [tuple(p.shape) for p in params]), strict=True):
+                p.grad = place(grad)
+        optimizer.step()
+    assert optimizer.deficient_pairs == 0
+    full = [[p.full_tensor() if isinstance(p, DTensor) else p for p in params] for params in (ins, outs)]
+    return [(b @ a.T).detach() for a, b in zip(*full, strict=True)]
+
+
 def compare():
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     differences = {}
@@ -74,13 +91,17 @@ def compare():
         whole = train(shapes, options, torch.clone)
         worst = max(float((a - b).norm() / b.norm()) for a, b in zip(sharded, whole, strict=True))
         differences[f"{options} Shard({dim})"] = worst
+    sharded = train_pairs(lambda t: distribute_tensor(t, mesh, [Shard(0)]))
+    whole = train_pairs(torch.clone)
+    pairs = zip(sharded, whole, strict=True)
+    differences["loro"] = max(float((a - b).norm() / b.norm()) for a, b in pairs)
     return differences
 
 
 @pytest.mark.parametrize("n_procs", [2, 3])
 def test_sharded_equals_whole(n_procs):
     for differences in spawn(compare, n_procs):
-        assert len(differences) == 2 * len(OPTIONS)
+        assert len(differences) == 2 * len(OPTIONS) + 1
         for case, worst in differences.items():
             assert worst < 1e-5, case
 

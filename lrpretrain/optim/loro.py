@@ -1,0 +1,245 @@
+"""LORO: low-rank weights W = B Aᵀ, trained along the manifold of matrices of rank r.
+
+Source: Mo, Huang & Pan, "LORO", ICLR 2025 (openreview i0zzO7Hslk), algorithm 1; retraction and tangent space
+as in Vandereycken, arXiv 1209.3834.
+
+Legend: B (m, r) weight_out, A (n, r) weight_in; d_B, d_A Adam's directions for their gradients; η_t Adam's
+bias-corrected step; every K-th update is exact, the others are lazy.
+
+lazy     B ← B − η_t c d_B,  A ← A − η_t c d_A,  then  B ← B − η_t λ B,  A ← A − η_t λ A     (equation 12)
+exact    the best rank-r approximation of B Aᵀ − η_t P(G), P(G) the gradient's part in the tangent space,
+         without forming any (m, n) matrix                                                  (equation 10)
+             B = Q_B R_B,  A = Q_A R_A                              thin QR
+             Z_B = d_B R_A⁻¹,  Z_A = d_A R_B⁻¹                       (G Q_A and Gᵀ Q_B)
+             Q̄_B R̄_B = Z_B − Q_B Q_Bᵀ Z_B,  Q̄_A R̄_A likewise        thin QR
+             [[R_B R_Aᵀ − η_t Z_Aᵀ Q_A, −η_t R̄_Aᵀ], [−η_t R̄_B, 0]] = U Σ Vᵀ    (2r, 2r), r largest kept
+             B ← [Q_B Q̄_B] U √Σ,  A ← [Q_A Q̄_A] V √Σ
+refresh  zero the moments and their counters, of the factors (lrk), all others (reg) or both (all)
+
+c is `lr_scaler`; −1 stands for r / hidden_size. With `eucl` every step is lazy with c = 1. As in the authors'
+code an exact step has neither c nor weight decay, and Adam's directions stand for the gradients.
+
+Differs from the authors' code in: a pair with a factor of deficient rank, which has no exact step, takes a
+lazy one and is counted, where theirs explodes; gradients are not overwritten; factors without a gradient are
+left alone; the model is not held.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lrpretrain.errors import ConfigError
+from lrpretrain.optim.adamw import adam_direction, step_sizes
+from lrpretrain.optim.optimizer import ShardedOptimizer
+from lrpretrain.sharding import Holding, Piece
+from lrpretrain.sharding.algebra import Matrices
+
+DEFICIENT = (
+    1e-6  # smallest over largest entry of R's diagonal: below, R⁻¹ magnifies float32's rounding to the full
+)
+
+
+def exact_step(B: Tensor, A: Tensor, dB: Tensor, dA: Tensor, eta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return new factors (b, m, r) and (b, n, r), and for which pairs (b,) the step exists.
+
+    eta (b,) is the step size. Works in float32 and returns the factors' dtype; what does not exist is left
+    as it was.
+    """
+    dtype = B.dtype
+    olds = B, A
+    B, A, dB, dA = (x.float() for x in (B, A, dB, dA))
+    eta = eta.float()[:, None, None]
+    QB, RB = torch.linalg.qr(B)
+    QA, RA = torch.linalg.qr(A)
+    exists = _full_rank(RB) & _full_rank(RA)
+    eye = torch.eye(RB.shape[-1], device=RB.device).expand_as(RB)
+    RB_, RA_ = (
+        torch.where(exists[:, None, None], R, eye) for R in (RB, RA)
+    )  # what is solved must be regular
+    ZB = torch.linalg.solve_triangular(RA_, dB, upper=True, left=False)
+    ZA = torch.linalg.solve_triangular(RB_, dA, upper=True, left=False)
+    QB2, RB2 = torch.linalg.qr(ZB - QB @ (QB.mT @ ZB))
+    QA2, RA2 = torch.linalg.qr(ZA - QA @ (QA.mT @ ZA))
+    S = RB @ RA.mT - eta * (ZA.mT @ QA)
+    top = torch.cat([S, -eta * RA2.mT], -1)
+    bottom = torch.cat([-eta * RB2, torch.zeros_like(S)], -1)
+    K = torch.cat([top, bottom], -2).nan_to_num()  # only pairs that are left as they were can hold such
+    U, sigma, Vh = torch.linalg.svd(K)
+    r = B.shape[-1]
+    root = sigma[:, None, :r].sqrt()
+    new = (torch.cat([QB, QB2], -1) @ U[..., :r] * root, torch.cat([QA, QA2], -1) @ Vh.mT[..., :r] * root)
+    exists &= torch.stack([x.isfinite().all(-1).all(-1) for x in (*new, dB, dA)]).all(0)
+    B, A = (torch.where(exists[:, None, None], x.to(dtype), old) for x, old in zip(new, olds, strict=True))
+    return B, A, exists
+
+
+def lazy_scale(shape: tuple[int, ...], hp: Mapping[str, Any]) -> float:
+    """Return the factor c of a lazy step for a factor (d, r)."""
+    scaler = float(hp["lr_scaler"])
+    return scaler if scaler >= 0 else min(shape) / (hp.get("hidden_size") or max(shape))
+
+
+def _full_rank(R: Tensor) -> Tensor:
+    diagonal = R.diagonal(dim1=-2, dim2=-1).abs()
+    return diagonal.amin(-1) > DEFICIENT * diagonal.amax(-1)
+
+
+class LOROAdamW(ShardedOptimizer):
+    """LORO with AdamW; takes the param groups of `loro_torch`.
+
+    Groups carry a `type`: regular (plain AdamW), lowrank_in and lowrank_out, whose factors are paired in
+    order; `lr_scaler` (−1) and `hidden_size` as above. Every `exact_every`-th update of a pair is exact
+    (0: never); with `refresh` (lrk, reg or all) the moments are zeroed after it. `step(use_exact_loro=…)` and
+    `refresh_states(mode)` decide instead, for drivers that count. `model` is accepted and not kept.
+
+    `deficient_pairs` counts exact steps that were taken as lazy ones for want of rank.
+
+    Supported: plain tensors and DTensors with one sharded dimension; an exact step gathers the factors and
+    their directions, for all pairs of a shape in four collectives. Raises ConfigError for options that are
+    unknown, or factors that do not pair.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.0,
+        correct_bias: bool = True,
+        no_deprecation_warning: bool = True,
+        loro_type: str = "loro",
+        model: torch.nn.Module | None = None,
+        *,
+        exact_every: int = 500,
+        refresh: str | None = None,
+        check_finite: bool = True,
+    ):
+        del no_deprecation_warning, model
+        if loro_type not in ("loro", "eucl"):
+            raise ConfigError([f"loro_type={loro_type!r}: must be loro or eucl."])
+        if refresh not in (None, "lrk", "reg", "all"):
+            raise ConfigError([f"refresh={refresh!r}: must be lrk, reg, all or None."])
+        self.loro_type, self.exact_every, self.refresh = loro_type, exact_every, refresh
+        self.deficient_pairs = 0
+        self._factors: dict[str, list[Holding]] = {"lowrank_in": [], "lowrank_out": []}
+        self._use_exact: bool | None = None
+        defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, correct_bias=correct_bias)
+        super().__init__(params, defaults | {"type": "regular", "lr_scaler": -1}, None, check_finite)
+        self._check_pairs()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a param group and create its state. Raises ConfigError for an unknown type or lr_scaler."""
+        kind, scaler = param_group.get("type", "regular"), param_group.get("lr_scaler", -1)
+        if kind not in ("regular", *self._factors):
+            raise ConfigError([f"type={kind!r}: must be regular, lowrank_in or lowrank_out."])
+        try:
+            float(scaler)
+        except (TypeError, ValueError) as error:
+            raise ConfigError([f"lr_scaler={scaler!r}: must be a number; -1 is r / hidden_size."]) from error
+        super().add_param_group(param_group)
+        if kind == "regular":
+            return
+        holdings = self._regular[-1][1]
+        self._factors[kind] += holdings
+        for h in holdings:
+            updates = torch.zeros((), dtype=torch.int64)  # unlike `step` a refresh does not touch it
+            self._pieces[h.name]["updates"] = Piece.whole(updates)
+            self.state[h.param]["updates"] = updates
+
+    def step(self, closure: Callable[[], Any] | None = None, use_exact_loro: bool | None = None) -> Any:
+        """Update every parameter that has a gradient; return what `closure` returned.
+
+        `use_exact_loro` makes the step exact or lazy for all pairs, instead of the own count.
+        """
+        self._use_exact = use_exact_loro
+        skipped = self.skipped_steps
+        loss = super().step(closure)
+        if self.skipped_steps == skipped:
+            self._update_pairs()
+        return loss
+
+    def refresh_states(self, mode: str) -> None:
+        """Zero moments and their counters: of the factors (lrk), the regular parameters (reg) or all."""
+        if mode not in ("lrk", "reg", "all"):
+            raise ConfigError([f"refresh_states({mode!r}): must be lrk, reg or all."])
+        for group, holdings in self._regular:
+            if mode == "all" or (mode == "reg") == (group["type"] == "regular"):
+                for h in holdings:
+                    for key in ("step", "exp_avg", "exp_avg_sq"):
+                        self.state[h.param][key].zero_()
+
+    def _update_regular(self, group: dict[str, Any], ready: list[Holding]) -> None:
+        if group["type"] == "regular":
+            super()._update_regular(group, ready)
+
+    @torch.no_grad()
+    def _update_pairs(self) -> None:
+        groups = {h.param: group for group, holdings in self._regular for h in holdings}
+        pairs = [
+            (a, b)
+            for a, b in zip(self._factors["lowrank_in"], self._factors["lowrank_out"], strict=True)
+            if a.param.grad is not None and b.param.grad is not None
+        ]
+        steps: dict[Tensor, tuple[Tensor, float]] = {}  # of each factor: direction and η_t
+        for h in (h for pair in pairs for h in pair):
+            s, hp = self.state[h.param], groups[h.param]
+            s["step"] += 1
+            s["updates"] += 1
+            (d,) = adam_direction([h.grad], [s["exp_avg"]], [s["exp_avg_sq"]], hp)  # type: ignore[list-item]
+            steps[h.param] = d, step_sizes([int(s["step"])], hp)[0]
+        exact = [pair for pair in pairs if self._is_exact(pair[1])]
+        left = [pair for pair in pairs if pair not in exact] + self._exact(exact, steps)
+        for h in (h for pair in left for h in pair):
+            (d, eta), hp = steps[h.param], groups[h.param]
+            c = lazy_scale(h.shape, hp) if self.loro_type == "loro" else 1.0
+            h.weight.add_(d, alpha=-eta * c).mul_(1 - eta * hp["weight_decay"])
+        if exact and self.refresh is not None:
+            self.refresh_states(self.refresh)
+
+    def _is_exact(self, out: Holding) -> bool:
+        if self.loro_type == "eucl":
+            return False
+        if self._use_exact is not None:
+            return self._use_exact
+        return self.exact_every > 0 and int(self.state[out.param]["updates"]) % self.exact_every == 0
+
+    def _exact(
+        self, pairs: list[tuple[Holding, Holding]], steps: Mapping[Tensor, tuple[Tensor, float]]
+    ) -> list[tuple[Holding, Holding]]:
+        """Take exact steps, all pairs of a shape together; return the pairs for which there is none."""
+        alike: dict[Any, list[tuple[Holding, Holding]]] = {}
+        for a, b in pairs:
+            alike.setdefault((a.shape, b.shape, a.split, b.split), []).append((a, b))
+        deficient = []
+        for members in alike.values():
+            whole = []
+            for side in (1, 0):
+                holdings = [pair[side] for pair in members]
+                whole.append(Matrices.weights(holdings).whole())
+                whole.append(Matrices(holdings, [steps[h.param][0] for h in holdings]).whole())
+            B, dB, A, dA = whole
+            eta = torch.tensor([steps[b.param][1] for _, b in members], device=B.device)
+            B, A, exists = exact_step(B, A, dB, dA, eta)
+            for (a, b), new_b, new_a, there in zip(members, B, A, exists.tolist(), strict=True):
+                if there:
+                    a.weight.copy_(new_a[a.tile.span(0), a.tile.span(1)])
+                    b.weight.copy_(new_b[b.tile.span(0), b.tile.span(1)])
+                else:
+                    deficient.append((a, b))
+        self.deficient_pairs += len(deficient)
+        return deficient
+
+    def _check_pairs(self) -> None:
+        ins, outs = self._factors["lowrank_in"], self._factors["lowrank_out"]
+        fit = len(ins) == len(outs) and all(
+            a.shape[1:] == b.shape[1:] for a, b in zip(ins, outs, strict=True)
+        )
+        if not fit or any(len(h.shape) != 2 for h in ins + outs):
+            raise ConfigError(
+                ["lowrank_in and lowrank_out must hold as many matrices, (n, r) and (m, r), in one order."]
+            )
