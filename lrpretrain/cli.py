@@ -106,7 +106,7 @@ def generate(args: argparse.Namespace) -> None:
     run = config.from_dict(saved["config"])
     own = path.resolve().parents[1] / "tokenizer.model"
     run.data.tokenizer = args.tokenizer or (str(own) if own.is_file() else run.data.tokenizer)
-    model = llama.build(llama.load_config(run.model))
+    model = llama.configured(run)
     ids = open_tokenizer(run, model.config.vocab_size)
     if problems := check_tokenizer(path, saved, run, ids):
         raise ConfigError(problems)

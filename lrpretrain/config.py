@@ -68,7 +68,7 @@ class DataConfig:
 class OptimConfig:
     """Which optimizer."""
 
-    rule: Literal["adamw", "galore", "gradnormlorp"] = "galore"
+    rule: Literal["adamw", "galore", "gradnormlorp", "loro"] = "galore"
     """The update rule of the matched matrices; everything else is trained with AdamW."""
     lr: float = 0.01
     """Peak learning rate."""
@@ -81,7 +81,7 @@ class OptimConfig:
     weight_decay: float = 0.0
     """Decoupled weight decay, times the learning rate."""
     rank: int = 128
-    """Rank of the projection."""
+    """Rank of the projection, or of the low-rank weights (loro)."""
     attn_rank: int | None = None
     """Rank in the attention. Default: optim.rank."""
     mlp_rank: int | None = None
@@ -99,6 +99,14 @@ class OptimConfig:
     """When bases are refreshed: all in the same step, or spread over the gap."""
     moments_at_refresh: Literal["keep", "reset", "rotate"] = "keep"
     """What becomes of the moments at a refresh."""
+    exact_every: int = 500
+    """loro: updates between two exact steps. 0: none."""
+    refresh_moments: Literal["all", "lrk", "reg", "none"] = "all"
+    """loro: whose moments are zeroed after an exact step: all, the factors', the others', none."""
+    lr_scaler: float = -1.0
+    """loro: factor of the learning rate in lazy steps; -1: rank / hidden size."""
+    init: str = "xavier"
+    """loro: initial factors: xavier, auto, kaiming, orth, xavorth, randn_<std> or const_<value>."""
     targets: list[str] = field(default_factory=lambda: ["*.self_attn.*_proj", "*.mlp.*_proj"])
     """Names of the linear layers that the rule applies to, with * as wildcard."""
 

@@ -217,7 +217,10 @@ def test_print_config_writes_a_commented_file_that_is_a_config(file, capsys):
     assert stop.value.code == 0
     text = capsys.readouterr().out
     assert read("--config", file(text)) == read(*argv)
-    assert "# Rank of the projection. (type: int, default: 128)\n  rank: 9" in text
+    assert (
+        "# Rank of the projection, or of the low-rank weights (loro). (type: int, default: 128)\n  rank: 9"
+        in text
+    )
     assert "# Which optimizer\noptim:" in text
 
 
@@ -235,7 +238,8 @@ def test_help_groups_the_fields_by_section(capsys):
     text = capsys.readouterr().out
     assert stop.value.code == 0
     assert "the_program" in text and "Which optimizer" in text
-    assert "--optim.rank RANK" in text and "Rank of the projection. (type: int, default: 128)" in text
+    words = " ".join(text.split())
+    assert "--optim.rank RANK Rank of the projection, or of the low-rank weights (loro). (type: int" in words
 
 
 def test_find_shipped(tmp_path, monkeypatch):

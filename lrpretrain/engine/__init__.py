@@ -25,7 +25,7 @@ def build_engine(
     the optimizer last, on the parameters that stay. All processes must call this.
     """
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-    model = llama.build(llama.load_config(config.model), dtypes[config.precision.params])
+    model = llama.configured(config, dtypes[config.precision.params])
     kind = {"local": Local, "ddp": DDP, "fsdp": FSDP}[config.engine.kind]
     engine = kind(model, procs, device, pad_id, mask)
     if isinstance(engine, FSDP):
@@ -35,8 +35,9 @@ def build_engine(
         if config.engine.shard_columns:
             engine.by_columns = projected_on_the_left(llama.shapes(model), config.optim)
     engine.lay_out()
-    llama.initialize(engine.holdings, config.train.seed, model.config.initializer_range)
+    std = model.config.initializer_range
+    llama.initialize(engine.holdings, config.train.seed, std, config.optim.init)
     if isinstance(engine, DDP):
         engine.wrap()
-    engine.optimizer = build_optimizer(model.named_parameters(), config.optim)
+    engine.optimizer = build_optimizer(model.named_parameters(), config.optim, model.config.hidden_size)
     return engine

@@ -16,8 +16,10 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from lrpretrain.config import ModelConfig, find_shipped, shipped_names
+from lrpretrain.config import Config, ModelConfig, find_shipped, shipped_names
 from lrpretrain.errors import ConfigError, Problem
+from lrpretrain.model.lowrank import FACTORS, factorize, initial_factor
+from lrpretrain.optim.groups import matched
 from lrpretrain.sharding import Holding, Tile
 
 BLOCK_ROWS = 128
@@ -51,6 +53,14 @@ def build(config: LlamaConfig, dtype: torch.dtype = torch.float32) -> LlamaForCa
     return model.to(dtype)
 
 
+def configured(config: Config, dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
+    """Return the model of a run on the meta device: with low-rank layers where its rule wants them."""
+    model = build(load_config(config.model), dtype)
+    if config.optim.rule == "loro":
+        factorize(model, matched(shapes(model), config.optim), config.optim.init)
+    return model
+
+
 def materialize(model: LlamaForCausalLM, device: torch.device) -> None:
     """Give a model from the meta device memory; its parameters hold garbage until `initialize`."""
     model.to_empty(device=device)
@@ -59,11 +69,15 @@ def materialize(model: LlamaForCausalLM, device: torch.device) -> None:
 
 
 @torch.no_grad()
-def initialize(holdings: Iterable[Holding], seed: int, std: float) -> None:
-    """Fill this process's tiles: normal(0, std) for matrices, 1 for norms."""
+def initialize(holdings: Iterable[Holding], seed: int, std: float, init: str = "xavier") -> None:
+    """Fill this process's tiles: normal(0, std) for matrices, `init` for low-rank factors, 1 for norms."""
     for holding in holdings:
         if len(holding.shape) == 1:
             holding.weight.fill_(1)
+        elif holding.name.endswith(FACTORS):
+            whole = initial_tile(holding.name, holding.shape, Tile.whole(holding.shape), seed)
+            factor = initial_factor(whole, init, std)  # `orth` has no tiles: drawn whole, one at a time
+            holding.weight.copy_(factor[holding.tile.span(0), holding.tile.span(1)])
         else:
             holding.weight.copy_(initial_tile(holding.name, holding.shape, holding.tile, seed).mul_(std))
 

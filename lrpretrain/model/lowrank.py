@@ -7,11 +7,13 @@ script of that project runs with the import changed.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+FACTORS = ("weight_in", "weight_out")
 SCOPES = {"all": ("self_attn", "mlp"), "attn": ("self_attn",), "mlp": ("mlp",)}
 
 
@@ -79,6 +81,14 @@ def initial_factor(normal: Tensor, init: str, init_range: float | None = None) -
         return torch.full_like(normal, float(argument))
     known = "xavier, auto, kaiming, orth, xavorth, randn_<std> and const_<value other than 0>"
     raise ValueError(f"init={init!r} is not known: use one of {known}.")
+
+
+def factorize(model: nn.Module, ranks: Mapping[str, int], init: str) -> None:
+    """Replace linear layers by low-rank ones, in place: `ranks` by the name of the layer's weight."""
+    for name, rank in ranks.items():
+        parent, _, child = name.removesuffix(".weight").rpartition(".")
+        module = model.get_submodule(parent)
+        setattr(module, child, LowRankLinear(getattr(module, child), rank, init))
 
 
 def apply_lowrank_param(

@@ -11,9 +11,10 @@ from torch import Tensor
 from lrpretrain.config import OptimConfig
 from lrpretrain.errors import Problem
 from lrpretrain.optim.galore import side_of
+from lrpretrain.optim.loro import LOROAdamW
 from lrpretrain.optim.optimizer import AdamW, GaLoreAdamW, GradNormLoRPAdamW, ShardedOptimizer
 
-RULES = {"adamw": AdamW, "galore": GaLoreAdamW, "gradnormlorp": GradNormLoRPAdamW}
+PROJECTED = {"galore": GaLoreAdamW, "gradnormlorp": GradNormLoRPAdamW}
 
 
 def matched(shapes: Mapping[str, tuple[int, ...]], optim: OptimConfig) -> dict[str, int]:
@@ -64,30 +65,28 @@ def problems(shapes: Mapping[str, tuple[int, ...]], optim: OptimConfig) -> list[
 
 def projected_on_the_left(shapes: Mapping[str, tuple[int, ...]], optim: OptimConfig) -> frozenset[str]:
     """Return the matrices of which the rule needs whole columns rather than whole rows."""
-    if optim.rule == "adamw":
+    if optim.rule not in PROJECTED:
         return frozenset()
     names = matched(shapes, optim)
     return frozenset(name for name in names if side_of(shapes[name], optim.side) == "left")
 
 
-def build_optimizer(params: Iterable[tuple[str, Tensor]], optim: OptimConfig) -> ShardedOptimizer:
+def build_optimizer(
+    params: Iterable[tuple[str, Tensor]], optim: OptimConfig, hidden_size: int
+) -> ShardedOptimizer:
     """Return the configured optimizer of named parameters, laid out by an engine already.
 
     Every param group carries its peak rate as `peak_lr`. Non-finite gradients are the engine's business.
     """
     named = dict(params)
-    ranks = matched({name: tuple(param.shape) for name, param in named.items()}, optim)
     regular_lr = optim.lr if optim.lr_regular is None else optim.lr_regular
-    groups: list[dict[str, Any]] = [
-        {
-            "params": [(n, p) for n, p in named.items() if n not in ranks],
-            "lr": regular_lr,
-            "peak_lr": regular_lr,
-        }
-    ]
-    for rank in sorted(set(ranks.values())):
-        members = [(n, p) for n, p in named.items() if ranks.get(n) == rank]
-        groups.append({"params": members, "peak_lr": optim.lr, **_rule_options(optim, rank)})
+    if optim.rule == "loro":
+        groups = _factor_groups(named, optim, hidden_size)
+    else:
+        groups = _matrix_groups(named, optim)
+    targeted = {name for group in groups for name, _ in group["params"]}
+    rest = [(name, param) for name, param in named.items() if name not in targeted]
+    groups = [{"params": rest, "lr": regular_lr, "peak_lr": regular_lr}, *groups]
     groups = [group for group in groups if group["params"]]
     common: dict[str, Any] = {
         "lr": optim.lr,
@@ -96,19 +95,41 @@ def build_optimizer(params: Iterable[tuple[str, Tensor]], optim: OptimConfig) ->
         "weight_decay": optim.weight_decay,
         "check_finite": False,
     }
-    return RULES[optim.rule](groups, **common)
+    if optim.rule == "loro":
+        refresh = None if optim.refresh_moments == "none" else optim.refresh_moments
+        return LOROAdamW(groups, **common, exact_every=optim.exact_every, refresh=refresh)
+    return PROJECTED.get(optim.rule, AdamW)(groups, **common)
 
 
-def _rule_options(optim: OptimConfig, rank: int) -> dict[str, Any]:
-    """Return the options of a param group, in the words of the rule's authors."""
-    if optim.rule == "adamw":
-        return {}
-    return {
-        "rank": rank,
-        "update_proj_gap": optim.refresh_every,
-        "scale": optim.scale,
-        "proj_type": optim.side,
-        "subspace": optim.subspace,
-        "refresh": optim.refresh,
-        "moments_at_refresh": optim.moments_at_refresh,
-    }
+def _matrix_groups(named: Mapping[str, Tensor], optim: OptimConfig) -> list[dict[str, Any]]:
+    """Return a group for each rank, with the rule's options in the words of its authors."""
+    ranks = matched({name: tuple(param.shape) for name, param in named.items()}, optim)
+    groups: list[dict[str, Any]] = []
+    for rank in sorted(set(ranks.values())):
+        group = {"params": [(n, p) for n, p in named.items() if ranks.get(n) == rank], "peak_lr": optim.lr}
+        if optim.rule in PROJECTED:
+            group |= {
+                "rank": rank,
+                "update_proj_gap": optim.refresh_every,
+                "scale": optim.scale,
+                "proj_type": optim.side,
+                "subspace": optim.subspace,
+                "refresh": optim.refresh,
+                "moments_at_refresh": optim.moments_at_refresh,
+            }
+        groups.append(group)
+    return groups
+
+
+def _factor_groups(named: Mapping[str, Tensor], optim: OptimConfig, hidden_size: int) -> list[dict[str, Any]]:
+    """Return the factors of low-rank layers, in and out in the same order."""
+    layers = [name.removesuffix(".weight_in") for name in named if name.endswith(".weight_in")]
+    options = {"peak_lr": optim.lr, "lr_scaler": optim.lr_scaler, "hidden_size": hidden_size}
+    return [
+        {
+            "type": f"lowrank_{side}",
+            "params": [(n, named[n]) for n in (f"{layer}.weight_{side}" for layer in layers)],
+            **options,
+        }
+        for side in ("in", "out")
+    ]

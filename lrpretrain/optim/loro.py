@@ -126,6 +126,8 @@ class LOROAdamW(ShardedOptimizer):
             raise ConfigError([f"refresh={refresh!r}: must be lrk, reg, all or None."])
         self.loro_type, self.exact_every, self.refresh = loro_type, exact_every, refresh
         self.deficient_pairs = 0
+        self._told = (0, 0)
+        self._exact_pairs = 0
         self._factors: dict[str, list[Holding]] = {"lowrank_in": [], "lowrank_out": []}
         self._use_exact: bool | None = None
         defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, correct_bias=correct_bias)
@@ -162,6 +164,13 @@ class LOROAdamW(ShardedOptimizer):
         if self.skipped_steps == skipped:
             self._update_pairs()
         return loss
+
+    def pop_metrics(self) -> dict[str, float]:
+        """Return the pairs that took an exact step since the last call, and those that lacked the rank."""
+        told, self._told = self._told, (self._exact_pairs, self.deficient_pairs)
+        if self._told == told:
+            return {}
+        return {"loro/exact_pairs": self._told[0] - told[0], "loro/deficient_pairs": self._told[1] - told[1]}
 
     def refresh_states(self, mode: str) -> None:
         """Zero moments and their counters: of the factors (lrk), the regular parameters (reg) or all."""
@@ -232,6 +241,7 @@ class LOROAdamW(ShardedOptimizer):
                 else:
                     deficient.append((a, b))
         self.deficient_pairs += len(deficient)
+        self._exact_pairs += len(pairs) - len(deficient)
         return deficient
 
     def _check_pairs(self) -> None:

@@ -111,8 +111,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
             for key, piece in pieces.items():
                 yield name, key, piece
 
-    def subspace_metrics(self) -> dict[str, float]:
-        """Return the means over the refreshes since the last call: energy, overlap, time. None: {}."""
+    def pop_metrics(self) -> dict[str, float]:
+        """Return what was measured at refreshes since the last call: means of energy, overlap, time."""
         if self.rule is None or not self.rule.refreshes:
             return {}
         notes, self.rule.refreshes = self.rule.refreshes, []

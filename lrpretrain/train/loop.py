@@ -139,7 +139,7 @@ class Trainer:
     def _log(self, values: dict[str, float]) -> None:
         prompt = self.config.train.prompt if "valid/loss" in values else None
         text = None if prompt is None else continue_prompt(self.engine, self.tokenizer, prompt)
-        values |= self.engine.optimizer.subspace_metrics()
+        values |= self.engine.optimizer.pop_metrics()
         if self.metrics is not None:
             values["mem/optim_gib"] = self.engine.optimizer_bytes() / 2**30
             self.metrics.log(self.progress.step, self.progress.tokens, values, text)

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
+
+import torch
 
 from lrpretrain.config import Config
 from lrpretrain.errors import ConfigError, Problem
 from lrpretrain.model import llama
+from lrpretrain.model.lowrank import initial_factor
 from lrpretrain.optim import groups
 
 
@@ -59,6 +63,11 @@ def check(config: Config, n_procs: int) -> list[Problem | str]:
         number = getattr(getattr(config, section), name)
         fits = number is None or (number > 0 and math.isfinite(number))
         refuse(not fits, key, "must be a number above 0", "Raise it")
+    refuse(optim.exact_every < 0, "optim.exact_every", "must not be negative", "0 turns exact steps off")
+    try:
+        initial_factor(torch.ones(2, 1), optim.init, 1.0)
+    except ValueError as error:
+        refuse(True, "optim.init", str(error).rstrip("."), "Use xavier")
     refuse(not all(0 <= b < 1 for b in optim.betas), "optim.betas", "must lie in [0, 1)", "Use [0.9,0.999]")
     refuse(
         not 0 <= optim.weight_decay < math.inf, "optim.weight_decay", "must not be negative", "0 turns it off"
@@ -164,28 +173,28 @@ def check(config: Config, n_procs: int) -> list[Problem | str]:
 def describe(config: Config, n_procs: int) -> str:
     """Return the numbers that follow from a configuration, each with its arithmetic."""
     train, data = config.train, config.data
-    micros = max(train.global_batch // max(n_procs * train.micro_batch, 1), 1)
-    shapes = llama.shapes(llama.build(llama.load_config(config.model)))
-    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
-    ranks = {} if config.optim.rule == "adamw" else groups.matched(shapes, config.optim)
-    projected = sum(sizes[name] for name in ranks)
-    moments = sum(max(shapes[name]) * rank for name, rank in ranks.items())
-    bases = sum(min(shapes[name]) * rank for name, rank in ranks.items())
-    regular = sum(sizes.values()) - projected
+    slots = n_procs * train.micro_batch
+    micros = max(train.global_batch // max(slots, 1), 1)
     per_step = train.global_batch * data.seq_len
-    lines = [
-        f"{n_procs} processes × {train.micro_batch} micro-batch × {micros} accumulation"
-        f" × {data.seq_len} tokens = {n_procs * train.micro_batch * micros * data.seq_len:,} tokens per step",
-        f"{train.steps:,} steps × {per_step:,} tokens = {train.steps * per_step:,} tokens"
-        + (" (pads included)" if data.sequences == "pad" else ""),
-        f"{len(shapes)} parameters: {projected:,} projected + {regular:,} regular = {sum(sizes.values()):,}",
-    ]
-    if ranks and config.optim.side == "std":
-        lines.append(
-            f"optimizer state: 2 × {regular:,} + 2 × {moments:,} + {bases:,} (bases)"
-            f" = {2 * regular + 2 * moments + bases:,} numbers; AdamW: {2 * sum(sizes.values()):,}"
-        )
-    return "\n".join(lines)
+    model = llama.configured(config)
+    sizes = {name: param.numel() for name, param in model.named_parameters()}
+    optimizer = groups.build_optimizer(model.named_parameters(), config.optim, model.config.hidden_size)
+    state: Counter[str] = Counter()
+    for _, key, piece in optimizer.pieces():
+        if piece.tensor.is_floating_point():
+            state[key] += piece.tensor.numel()
+    total = sum(sizes.values())
+    return "\n".join(
+        [
+            f"{n_procs} processes × {train.micro_batch} micro-batch × {micros} accumulation"
+            f" × {data.seq_len} tokens = {slots * micros * data.seq_len:,} tokens per step",
+            f"{train.steps:,} steps × {per_step:,} tokens = {train.steps * per_step:,} tokens"
+            + (" (pads included)" if data.sequences == "pad" else ""),
+            f"{len(sizes)} parameters of {total:,} numbers",
+            f"optimizer state: {' + '.join(f'{key} {count:,}' for key, count in state.items())}"
+            f" = {state.total():,} numbers, {state.total() / total:.2f} a parameter",
+        ]
+    )
 
 
 def flops_per_token(config: Config) -> float:
@@ -193,7 +202,7 @@ def flops_per_token(config: Config) -> float:
 
     Source: Chowdhery et al., arXiv 2204.02311, appendix B; embeddings are looked up, not multiplied.
     """
-    shape = llama.load_config(config.model)
-    sizes = {name: math.prod(s) for name, s in llama.shapes(llama.build(shape)).items()}
-    weights = sum(size for name, size in sizes.items() if "embed_tokens" not in name)
+    model = llama.configured(config)
+    shape = model.config
+    weights = sum(p.numel() for name, p in model.named_parameters() if "embed_tokens" not in name)
     return 6.0 * weights + 12.0 * shape.num_hidden_layers * shape.hidden_size * config.data.seq_len

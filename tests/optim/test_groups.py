@@ -105,7 +105,7 @@ def test_adamw_looks_at_no_rank(toy):
 def test_adamw_trains_the_targets_with_lr_and_the_rest_with_lr_regular(toy):
     params = named_params(toy)
     optim = OptimConfig(rule="adamw", lr=0.5, lr_regular=0.2, weight_decay=0.1, betas=(0.8, 0.9))
-    optimizer = build_optimizer(params, optim)
+    optimizer = build_optimizer(params, optim, 128)
     assert type(optimizer) is AdamW
     regular, targets = optimizer.param_groups
     assert set(targets["param_names"]) == set(matched(toy, optim))
@@ -127,7 +127,7 @@ def test_galore_groups_by_rank_and_leaves_the_rest_regular(toy):
     optim = OptimConfig(
         lr=0.5, rank=16, mlp_rank=8, scale=0.125, refresh_every=7, side="left", subspace="svd"
     )
-    optimizer = build_optimizer(named_params(toy), optim)
+    optimizer = build_optimizer(named_params(toy), optim, 128)
     assert type(optimizer) is GaLoreAdamW and not optimizer.check_finite
     regular, mlp, attention = optimizer.param_groups
     assert regular["rank"] is None and mlp["rank"] == 8 and attention["rank"] == 16
@@ -150,7 +150,7 @@ def test_galore_groups_by_rank_and_leaves_the_rest_regular(toy):
 @pytest.mark.parametrize(("lr_regular", "expected"), [(None, 0.5), (0.1, 0.1)])
 def test_regular_parameters_may_have_a_rate_of_their_own(toy, lr_regular, expected):
     regular, projected = build_optimizer(
-        named_params(toy), OptimConfig(lr=0.5, lr_regular=lr_regular, rank=4)
+        named_params(toy), OptimConfig(lr=0.5, lr_regular=lr_regular, rank=4), 128
     ).param_groups
     assert regular["lr"] == regular["peak_lr"] == expected
     assert projected["lr"] == projected["peak_lr"] == 0.5
@@ -158,11 +158,35 @@ def test_regular_parameters_may_have_a_rate_of_their_own(toy, lr_regular, expect
 
 def test_no_group_is_empty():
     params = named_params({"a.q_proj.weight": (8, 8)})
-    (group,) = build_optimizer(params, OptimConfig(rank=4, targets=["q_proj"])).param_groups
+    (group,) = build_optimizer(params, OptimConfig(rank=4, targets=["q_proj"]), 128).param_groups
     assert group["rank"] == 4
 
 
 def test_betas_eps_and_decay_hold_for_all_groups(toy):
     optim = OptimConfig(rank=4, betas=(0.7, 0.8), eps=1e-5, weight_decay=0.3)
-    for group in build_optimizer(named_params(toy), optim).param_groups:
+    for group in build_optimizer(named_params(toy), optim, 128).param_groups:
         assert (group["betas"], group["eps"], group["weight_decay"]) == ((0.7, 0.8), 1e-5, 0.3)
+
+
+def test_loro_pairs_the_factors_of_its_layers():
+    from lrpretrain.config import Config
+    from lrpretrain.optim import LOROAdamW
+
+    config = Config(
+        ModelConfig("llama_toy"), optim=OptimConfig(rule="loro", rank=4, attn_rank=2, lr_scaler=0.5)
+    )
+    config.optim.exact_every, config.optim.refresh_moments = 7, "none"
+    model = llama.configured(config)
+    optimizer = build_optimizer(model.named_parameters(), config.optim, 128)
+    assert type(optimizer) is LOROAdamW
+    assert (optimizer.exact_every, optimizer.refresh) == (7, None)
+    regular, ins, outs = optimizer.param_groups
+    assert [g["type"] for g in optimizer.param_groups] == ["regular", "lowrank_in", "lowrank_out"]
+    assert len(ins["params"]) == len(outs["params"]) == 28
+    for a, b in zip(ins["param_names"], outs["param_names"], strict=True):
+        assert a.removesuffix("_in") == b.removesuffix("_out")
+    ranks = {n: p.shape[1] for n, p in zip(ins["param_names"], ins["params"], strict=True)}
+    assert {r for n, r in ranks.items() if "attn" in n} == {2}
+    assert {r for n, r in ranks.items() if "mlp" in n} == {4}
+    assert (ins["lr_scaler"], ins["hidden_size"]) == (0.5, 128)
+    assert not any("weight_" in name for name in regular["param_names"])

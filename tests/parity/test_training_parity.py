@@ -5,7 +5,7 @@ import itertools
 import pytest
 from tiny import launch
 
-CASES = [*itertools.product(["galore", "adamw"], ["pad", "pack"]), ("gradnormlorp", "pack")]
+CASES = [*itertools.product(["galore", "adamw"], ["pad", "pack"]), ("gradnormlorp", "pack"), ("loro", "pack")]
 
 
 def lines(bench, n_procs, engine, **more):
@@ -15,6 +15,7 @@ def lines(bench, n_procs, engine, **more):
             optim__rule=rule,
             data__sequences=sequences,
             engine__kind=engine,
+            optim__exact_every=7,
             # 12 sequences a step = 3 × 2 × 2 = 2 × 2 × 3 = 1 × 2 × 6: accumulation everywhere.
             **more,
         )
