@@ -26,7 +26,7 @@ from lrpretrain.data.pack import document_mask
 from lrpretrain.data.tokenizer import Tokenizer
 from lrpretrain.engine import build_engine
 from lrpretrain.engine.device import env_procs, join, pick_device, unusable_gpu
-from lrpretrain.errors import EXIT_STOPPED, ConfigError, LrpretrainError
+from lrpretrain.errors import EXIT_STOPPED, CheckpointError, ConfigError, LrpretrainError, Problem
 from lrpretrain.model import llama
 from lrpretrain.train import plan
 from lrpretrain.train.evaluate import Evaluator
@@ -80,7 +80,8 @@ def pretrain(config: Config) -> int:
         if proc == 0:
             code = error.exit_code if isinstance(error, LrpretrainError) else 1
             reason = f"{type(error).__name__}: {error}"
-            run_dir.write_status("failed", progress.step, reason, code, launch_id=launch_id())
+            step = progress.step or status.get("step", 0)  # a refused resume does not undo the run
+            run_dir.write_status("failed", step, reason, code, launch_id=launch_id())
         raise
     if proc == 0:
         state, reason = (
@@ -100,6 +101,11 @@ def _start(config: Config, run_dir: RunDir) -> Path | None:
         return next(iter(checkpoint.complete(run_dir.checkpoints)), None)
     path = Path(config.run.resume)
     checkpoint.read_manifest(path)
+    newest = next(iter(checkpoint.complete(run_dir.checkpoints)), path)
+    if path.resolve().parent == run_dir.checkpoints.resolve() and path.resolve() != newest.resolve():
+        reason = f"run.dir goes on to {newest.name}, which would be lost"
+        remedy = "Give another run.dir to go on from here, or remove the later checkpoints"
+        raise ConfigError([Problem("run.resume", config.run.resume, reason, remedy)])
     return path
 
 
@@ -113,9 +119,13 @@ def _run(
     progress: Progress,
 ) -> int:
     procs = join(device, config.engine.timeout_s)
+    seen = procs.gather(None if start is None else str(start))
+    if len(set(seen)) > 1:
+        where = "; ".join(f"process {proc}: {path}" for proc, path in enumerate(seen))
+        raise CheckpointError(
+            f"the processes see different checkpoints ({where}). Let all nodes share run.dir."
+        )
     if procs.is_first:
-        run_dir.describe(config, procs.n_procs, device, tokenizer.file)
-        run_dir.write_status("running", 0)
         for line in (unusable_gpu(), *plan.describe(config, procs.n_procs).splitlines()):
             if line is not None:
                 say(line)
@@ -128,6 +138,9 @@ def _run(
         vars(progress).update(vars(restored))
         if procs.is_first:
             say(f"resumed from {start}")
+    if procs.is_first:
+        run_dir.describe(config, procs.n_procs, device, tokenizer.file)
+        run_dir.write_status("running", progress.step)
     evaluator = None
     if config.train.eval_every:
         validation = build_loader(config, "validation", procs, tokenizer)
@@ -135,7 +148,7 @@ def _run(
     loader = build_loader(config, "train", procs, tokenizer, state=position)
     metrics = None
     if procs.is_first:
-        run_dir.cut_metrics(progress.step)
+        run_dir.cut_metrics(progress.step if start is not None else -1)
         flops = plan.flops_per_token(config)
         metrics = Metrics(run_dir, progress.step, config.train.steps, flops, procs.n_procs)
     trainer = Trainer(config, procs, engine, loader, evaluator, tokenizer, run_dir, metrics, guard, progress)

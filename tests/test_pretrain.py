@@ -83,7 +83,7 @@ def test_a_complete_run_says_so(bench, uninterrupted):
         assert said in output
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
 def test_a_signal_stops_with_a_checkpoint(bench, number):
     run = f"signal{number}"
     argv = bench.options(run, train__steps=2000, train__warmup_steps=10)
@@ -290,6 +290,32 @@ def test_another_tokenizer_is_refused(bench, capfd, uninterrupted):
         assert tool(["generate", str(run), "the", "--tokens", "3"]) == 0
     finally:
         moved.rename(bench.tokenizer)
+
+
+def test_going_back_within_a_run_would_lose_what_came_after(bench, capfd, uninterrupted):
+    path = bench.folder / "uninterrupted" / "checkpoints" / "step_00000049"
+    argv = bench.options("uninterrupted", run__resume=path, train__steps=99)
+    fails(capfd, argv, 2, "run.resume", "step_00000060", "another run.dir")
+    assert len(bench.metrics("uninterrupted")) == len(uninterrupted)
+    assert bench.status("uninterrupted")["state"] == "finished"
+
+
+def test_a_refused_resume_leaves_the_records_of_the_run(bench, capfd, uninterrupted):
+    folder = bench.folder / "uninterrupted"
+    before = (folder / "config.yaml").read_text()
+    argv = bench.options("uninterrupted", data__seq_len=16, train__steps=99)
+    fails(capfd, argv, 2, "data.seq_len")
+    assert (folder / "config.yaml").read_text() == before
+    status = bench.status("uninterrupted")
+    assert (status["state"], status["step"], status["exit_code"]) == ("failed", 60, 2)
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_anew(bench):
+    argv = bench.options("early", train__eval_every=20, train__eval_tokens=500, train__steps=25)
+    code, output = kill_at(argv, "step 000003/")
+    assert code == -signal.SIGKILL, output
+    assert launch(1, [argv]) == [0]
+    assert [e["step"] for e in bench.metrics("early")] == list(range(26))
 
 
 def test_a_checkpoint_of_elsewhere_starts_another_run(bench, uninterrupted):

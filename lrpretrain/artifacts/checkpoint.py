@@ -60,10 +60,14 @@ def save(folder: Path, pieces: Mapping[str, Piece], run: Mapping[str, Any], proc
     if procs.is_first:
         error = _attempt(lambda: write_atomically(path / "run.json", json.dumps(run)))
     _raise_together(error, procs, f"{path} cannot be written")
-    # Hashing is spread: each process takes every n-th file.
+    # Hashing is spread: each process takes every n-th file of the list that the first one made.
+    names = procs.gather(sorted(str(p.relative_to(path)) for p in path.rglob("*") if p.is_file()))[0]
+    own: dict[str, Any] = {}
+    share = names[procs.proc :: procs.n_procs]
+    error = _attempt(lambda: own.update({name: _identity(path / name) for name in share}))
+    _raise_together(error, procs, f"{path} cannot be read back")
     hashes: dict[str, Any] = {}
-    names = sorted(str(p.relative_to(path)) for p in path.rglob("*") if p.is_file())
-    for part in procs.gather({name: _identity(path / name) for name in names[procs.proc :: procs.n_procs]}):
+    for part in procs.gather(own):
         hashes |= part
     if procs.is_first:
         shapes = {name: list(piece.shape) for name, piece in pieces.items()}
@@ -217,6 +221,7 @@ def _raise_together(error: str | None, procs: Procs, what: str) -> None:
 
 def _empty(path: Path) -> None:
     if path.exists():
+        (path / "manifest.json").unlink(missing_ok=True)  # first, so that what is left counts as incomplete
         shutil.rmtree(path)
     path.mkdir(parents=True)
 

@@ -25,7 +25,7 @@ class Metrics:
         from torch.utils.tensorboard import SummaryWriter
 
         self._file = open(run_dir.metrics, "a", buffering=1)  # noqa: SIM115 - lives as long as the run
-        self._board = SummaryWriter(str(run_dir.tensorboard), purge_step=start_step + 1)
+        self._board = SummaryWriter(str(run_dir.tensorboard), purge_step=start_step + bool(start_step))
         self._steps = total_steps
         self._peak = peak_flops() * n_procs
         self._flops_per_token = flops_per_token

@@ -37,9 +37,9 @@ class RunDir:
         """
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
-            probe = self.path / f".probe-{os.getpid()}"
+            probe = self.path / f".probe-{socket.gethostname()}-{os.getpid()}"
             probe.write_text("")
-            probe.unlink()
+            probe.unlink(missing_ok=True)
         except OSError as error:
             remedy = "Name a folder that can be written to"
             problem = Problem("run.dir", str(self.path), f"cannot be written to: {error.strerror}", remedy)

@@ -268,6 +268,8 @@ def together(procs: Procs, action: Callable[[], T]) -> T:
 def raise_together(procs: Procs, error: Exception | None) -> None:
     """Raise this process's error, or DataError where another one has any; collective."""
     messages = [message for message in procs.gather(error and (str(error) or repr(error))) if message]
+    if isinstance(error, OSError):  # a full disk, a file system that is gone
+        raise DataError(f"{error}. Mend what keeps the data from being read, and start again.") from error
     if error is not None:
         raise error
     if messages:

@@ -10,8 +10,6 @@ import torch
 
 Ids = npt.NDArray[np.int64]
 
-IGNORED = -100  # the label that torch's cross-entropy leaves out
-
 
 def pad(ids: Ids, seq_len: int, pad_id: int, eos_id: int) -> Ids:
     """Return a document as one row (seq_len,): cut with eos as its last id, or filled up with pad."""
@@ -24,11 +22,6 @@ def cut(stream: Ids, seq_len: int) -> Iterator[tuple[Ids, Ids]]:
     """Yield full rows (seq_len,) from the front of a stream, each with what is left of it then."""
     for end in range(seq_len, len(stream) + 1, seq_len):
         yield stream[end - seq_len : end], stream[end:]
-
-
-def labels(ids: torch.Tensor, pad_id: int) -> torch.Tensor:
-    """Return the ids (b, L) as labels: the loss leaves out pad, and only pad."""
-    return ids.masked_fill(ids == pad_id, IGNORED)
 
 
 def document_mask(ids: torch.Tensor, eos_id: int) -> torch.Tensor:

@@ -10,6 +10,7 @@ from lrpretrain.engine.fsdp import FSDP
 from lrpretrain.engine.local import DDP, Local
 from lrpretrain.model import llama
 from lrpretrain.optim.groups import build_optimizer, projected_on_the_left
+from lrpretrain.sharding import hold
 from lrpretrain.sharding.procs import Procs
 
 __all__ = ["Engine", "build_engine"]
@@ -35,9 +36,11 @@ def build_engine(
         if config.engine.shard_columns:
             engine.by_columns = projected_on_the_left(llama.shapes(model), config.optim)
     engine.lay_out()
+    engine.holdings = [hold(name, param) for name, param in model.named_parameters()]
     std = model.config.initializer_range
     llama.initialize(engine.holdings, config.train.seed, std, config.optim.init)
     if isinstance(engine, DDP):
         engine.wrap()
-    engine.optimizer = build_optimizer(model.named_parameters(), config.optim, model.config.hidden_size)
+    params = ((h.name, h.param) for h in engine.holdings)
+    engine.optimizer = build_optimizer(params, config.optim, model.config.hidden_size)
     return engine

@@ -11,7 +11,7 @@ from transformers import LlamaForCausalLM
 
 from lrpretrain.model.loss import token_loss_sum
 from lrpretrain.optim import ShardedOptimizer
-from lrpretrain.sharding import Holding, Piece, hold
+from lrpretrain.sharding import Holding, Piece
 from lrpretrain.sharding.procs import Procs
 
 Mask = Callable[[Tensor], Tensor]
@@ -21,8 +21,8 @@ class Engine:
     """A model, its optimizer and the way they are spread over processes.
 
     `model` is the module with the parameters' plain names; `forward` is what is called, which may
-    wrap it. All processes call every method together. `mask` makes an attention mask (b, 1, l, l)
-    from token ids (b, l); None is plain causal attention.
+    wrap it; `holdings` is what this process has of every parameter. `mask` makes an attention mask
+    (b, 1, l, l) from token ids (b, l); None is plain causal attention. Methods are collective.
     """
 
     def __init__(
@@ -34,16 +34,14 @@ class Engine:
         self.device = device
         self.pad_id = pad_id
         self.mask = mask
-        self.optimizer: ShardedOptimizer  # set once the parameters are where they stay
+        # Both are set once the parameters are where they stay. Looked up anew, FSDP2 may show whole copies in
+        # the compute dtype: after a forward without backward the root stays unsharded.
+        self.holdings: list[Holding]
+        self.optimizer: ShardedOptimizer
 
     def lay_out(self) -> None:
         """Lay out the model, which has no memory yet, over the processes, and give it memory."""
         raise NotImplementedError
-
-    @property
-    def holdings(self) -> list[Holding]:
-        """What this process holds of every parameter."""
-        return [hold(name, param) for name, param in self.model.named_parameters()]
 
     def train_step(
         self, micros: Sequence[Tensor], targets: int, clip_norm: float | None
@@ -104,7 +102,7 @@ class Engine:
 
     def clip(self, max_norm: float | None) -> Tensor:
         """Scale the gradients down to `max_norm`, and return the norm that they had, over all processes."""
-        params = list(self.model.parameters())
+        params = [h.param for h in self.holdings]
         norm = torch.nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
         if max_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(params, max_norm, norm)

@@ -42,6 +42,24 @@ def load_config(model: ModelConfig) -> LlamaConfig:
     if kind != "llama":
         remedy = 'Use a config whose "model_type" is "llama"'
         raise ConfigError([Problem("model.config", model.config, f"is a model of type {kind!r}", remedy)])
+    unsupported = {
+        "tie_word_embeddings": "shares the embedding with the head, which are trained apart here",
+        "attention_bias": "asks for biases, which are not initialised here",
+        "mlp_bias": "asks for biases, which are not initialised here",
+        "attention_dropout": "asks for dropout, which no resume could repeat",
+    }
+    problems = [
+        Problem(
+            "model.config",
+            model.config,
+            f"{key}={values[key]!r} {why}",
+            f"Set {key} to {type(values[key])()}",
+        )
+        for key, why in unsupported.items()
+        if values.get(key)
+    ]
+    if problems:
+        raise ConfigError(problems)
     return LlamaConfig(**values)
 
 

@@ -61,7 +61,7 @@ def leading_subspace(
 def leading_subspaces(G: Matrices, rank: int) -> tuple[Tensor, Tensor]:
     """Return the leading left and right singular vectors (b, m, rank) and (b, n, rank), by SVD."""
     U, V = [], []
-    for matrix in G.whole().float():  # one by one: batched drivers on GPUs lose accuracy for large matrices
+    for matrix in G.whole().float():  # a batched SVD on a GPU loses accuracy for large matrices
         # The signs of singular vectors are LAPACK's whim: decompose the matrix as the authors see it.
         u, vh = _svd(matrix.T if G.transposed else matrix)
         U.append(u[:, :rank])

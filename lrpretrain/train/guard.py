@@ -14,7 +14,7 @@ SAME_SIGNAL_S = 5.0
 
 
 class Guard:
-    """Notes SIGTERM, SIGINT and SIGUSR1 while it is entered; the loop agrees on a stop across processes.
+    """Notes SIGTERM, SIGINT, SIGHUP and SIGUSR1 while it is entered; processes agree on a stop in the loop.
 
     A launcher and its process group may both deliver a signal: within 5 s it counts as the same one.
     """
@@ -25,7 +25,7 @@ class Guard:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Guard:
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
             self._before[number] = signal.signal(number, self._note)
         return self
 

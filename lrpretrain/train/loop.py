@@ -55,6 +55,14 @@ class Trainer:
         Raises DataError where the data ends early or breaks, with a checkpoint saved, and NonFiniteError
         before a gradient that is not finite could touch anything.
         """
+        try:
+            return self._train()
+        except DataError:
+            if self.progress.step not in (0, self.progress.saved):
+                self.save()
+            raise
+
+    def _train(self) -> int:
         train, progress = self.config.train, self.progress
         if progress.step == 0 and self.evaluator is not None:
             self._log(self._evaluate())
@@ -92,22 +100,20 @@ class Trainer:
         self.progress.saved = self.progress.step
         if self.procs.is_first:
             checkpoint.keep_newest(self.run_dir.checkpoints, self.config.train.keep_checkpoints)
+            self.run_dir.write_status("running", self.progress.step)
             say(f"saved {path} in {time.perf_counter() - began:.1f} s")
+        if self.metrics is not None:
+            self.metrics.pause(time.perf_counter() - began)
         return path
 
     def _next_batch(self) -> Batch:
         """Return the next global batch; agree on stopping by its flags."""
-        try:
-            batch = self.loader.next(flags=int(self.guard.wants_stop))
-            if batch is None:
-                raise DataError(
-                    f"the data ended after {self.progress.step} of {self.config.train.steps} steps"
-                    f" ({self.loader.dropped} sequences left over). Raise data.epochs, or lower train.steps."
-                )
-        except DataError:
-            if self.progress.step not in (0, self.progress.saved):
-                self.save()
-            raise
+        batch = self.loader.next(flags=int(self.guard.wants_stop))
+        if batch is None:
+            raise DataError(
+                f"the data ended after {self.progress.step} of {self.config.train.steps} steps"
+                f" ({self.loader.dropped} sequences left over). Raise data.epochs, or lower train.steps."
+            )
         return batch
 
     def _step(self, batch: Batch) -> tuple[torch.Tensor, float]:
@@ -117,9 +123,10 @@ class Trainer:
             split(batch.ids, train.micro_batch), batch.targets, train.clip_norm
         )
         if not math.isfinite(grad_norm := float(norm)):
+            self.save()  # with the position after this batch: started again, the run goes on behind it
             raise NonFiniteError(
-                f"the gradient of step {progress.step + 1} is not finite (norm {grad_norm}):"
-                " nothing was updated. Lower optim.lr, set train.clip_norm, or look at the data of this step."
+                f"the gradient of step {progress.step + 1} is not finite (norm {grad_norm}): nothing was"
+                " updated, the checkpoint goes on with the next batch. Lower optim.lr or set train.clip_norm."
             )
         began = time.perf_counter()
         engine.update(lr_ratio(progress.step, train))
@@ -138,9 +145,11 @@ class Trainer:
 
     def _log(self, values: dict[str, float]) -> None:
         prompt = self.config.train.prompt if "valid/loss" in values else None
+        began = time.perf_counter()
         text = None if prompt is None else continue_prompt(self.engine, self.tokenizer, prompt)
         values |= self.engine.optimizer.pop_metrics()
         if self.metrics is not None:
+            self.metrics.pause(time.perf_counter() - began)
             values["mem/optim_gib"] = self.engine.optimizer_bytes() / 2**30
             self.metrics.log(self.progress.step, self.progress.tokens, values, text)
 

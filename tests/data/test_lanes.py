@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lrpretrain.data.lanes import Deal, Lane, Position
-from lrpretrain.data.pack import document_mask, labels, pad
+from lrpretrain.data.pack import document_mask, pad
 from lrpretrain.data.shuffle import Shuffle
 
 PAD, EOS = 0, 1
@@ -71,10 +71,6 @@ def test_pad_cuts_but_keeps_eos():
     assert pad(ids, 6, PAD, EOS).tolist() == [5, 6, 7, EOS, PAD, PAD]
     assert pad(ids, 4, PAD, EOS).tolist() == [5, 6, 7, EOS]
     assert pad(ids, 3, PAD, EOS).tolist() == [5, 6, EOS]
-
-
-def test_labels_leave_out_pad_only():
-    assert labels(torch.tensor([[5, EOS, PAD]]), PAD).tolist() == [[5, EOS, -100]]
 
 
 def test_document_mask_is_causal_within_documents():

@@ -12,6 +12,8 @@ from torch.distributed.tensor import DTensor
 from lrpretrain.config import Config, DataConfig, EngineConfig, OptimConfig, PrecisionConfig
 from lrpretrain.data.pack import document_mask
 from lrpretrain.engine import build_engine
+from lrpretrain.model.llama import initial_tile
+from lrpretrain.sharding import Tile
 from lrpretrain.sharding.procs import Procs
 
 
@@ -98,6 +100,12 @@ def test_bfloat16_compute_keeps_float32_weights(tmp_path):
         assert {p.dtype for p in engine.model.parameters()} == {torch.float32}
         assert {p.grad.dtype for p in engine.model.parameters()} == {torch.float32}
         assert engine.model(input_ids=rows).logits.dtype == torch.bfloat16
+        # A forward alone leaves FSDP2's root unsharded and in bfloat16: no checkpoint must see that.
+        engine.loss_sum(rows)
+        weights = {n: p.tensor for n, p in engine.pieces().items() if n.startswith("model/")}
+        assert {w.dtype for w in weights.values()} == {torch.float32}
+        exact = initial_tile("lm_head.weight", (300, 32), Tile.whole((300, 32)), 0) * 0.02
+        assert torch.equal(weights["model/lm_head.weight"], exact)
     finally:
         dist.destroy_process_group()
 

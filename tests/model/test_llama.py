@@ -180,3 +180,14 @@ def test_a_config_that_cannot_be_used_is_refused(tmp_path, text, reason, remedy)
         path.write_text(text)
     with pytest.raises(ConfigError, match=f"own.json': {reason}.*{remedy}"):
         llama.load_config(ModelConfig(str(path)))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("tie_word_embeddings", True), ("attention_bias", True), ("mlp_bias", True), ("attention_dropout", 0.1)],
+)
+def test_what_would_train_another_model_is_refused(tmp_path, key, value):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"model_type": "llama", key: value}))
+    with pytest.raises(ConfigError, match=f"{key}={value}.*Set {key} to"):
+        llama.load_config(ModelConfig(str(path)))
