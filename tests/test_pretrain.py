@@ -75,6 +75,17 @@ def test_the_run_folder_is_as_contracted(bench, uninterrupted):
     assert finish(["--config", str(folder / "config.yaml")])[0] == 0
 
 
+def test_every_rule_trains_in_bfloat16(bench):
+    rules = ["adamw", "galore", "gradnormlorp", "loro"]
+    pure = dict(
+        precision__params="bfloat16", precision__compute="bfloat16", optim__exact_every=3, train__steps=8
+    )
+    assert launch(1, [bench.options(f"bf16-{rule}", optim__rule=rule, **pure) for rule in rules]) == [0] * 4
+    for rule in rules:
+        losses = bench.losses(f"bf16-{rule}")
+        assert losses[8] < losses[1] - 0.5, rule
+
+
 def test_a_complete_run_says_so(bench, uninterrupted):
     argv = bench.options("uninterrupted", train__steps=60, train__save_every=7)
     code, output = finish(argv)

@@ -38,9 +38,8 @@ from lrpretrain.optim.optimizer import ShardedOptimizer
 from lrpretrain.sharding import Holding, Piece
 from lrpretrain.sharding.algebra import Matrices
 
-DEFICIENT = (
-    1e-6  # smallest over largest entry of R's diagonal: below, R⁻¹ magnifies float32's rounding to the full
-)
+# Smallest over largest entry of R's diagonal: below it, what R⁻¹ gives is float32's rounding, magnified.
+DEFICIENT = 1e-6
 
 
 def exact_step(B: Tensor, A: Tensor, dB: Tensor, dA: Tensor, eta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -57,9 +56,8 @@ def exact_step(B: Tensor, A: Tensor, dB: Tensor, dA: Tensor, eta: Tensor) -> tup
     QA, RA = torch.linalg.qr(A)
     exists = _full_rank(RB) & _full_rank(RA)
     eye = torch.eye(RB.shape[-1], device=RB.device).expand_as(RB)
-    RB_, RA_ = (
-        torch.where(exists[:, None, None], R, eye) for R in (RB, RA)
-    )  # what is solved must be regular
+    # What is solved must be regular, for the pairs without an exact step as well.
+    RB_, RA_ = (torch.where(exists[:, None, None], R, eye) for R in (RB, RA))
     ZB = torch.linalg.solve_triangular(RA_, dB, upper=True, left=False)
     ZA = torch.linalg.solve_triangular(RB_, dA, upper=True, left=False)
     QB2, RB2 = torch.linalg.qr(ZB - QB @ (QB.mT @ ZB))
