@@ -1,6 +1,8 @@
 """Optimizers: rules as pages of their papers, and the torch optimizers that run them on any sharding."""
 
+from lrpretrain.optim.galore import GaLoreAdamW
+from lrpretrain.optim.gradnormlorp import GradNormLoRPAdamW
 from lrpretrain.optim.loro import LOROAdamW
-from lrpretrain.optim.optimizer import AdamW, GaLoreAdamW, GradNormLoRPAdamW, ShardedOptimizer
+from lrpretrain.optim.optimizer import AdamW, ShardedOptimizer
 
 __all__ = ["AdamW", "GaLoreAdamW", "GradNormLoRPAdamW", "LOROAdamW", "ShardedOptimizer"]

@@ -29,12 +29,14 @@ the SVD may find the basis.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lrpretrain.optim.adamw import Group, adam_direction, step_sizes
+from lrpretrain.optim.optimizer import ShardedOptimizer
 from lrpretrain.optim.rule import Refresh, Slot
 from lrpretrain.optim.subspace import leading_subspace, leading_subspaces
 from lrpretrain.sharding.algebra import Matrices
@@ -138,3 +140,48 @@ class GaLore:
         if P.is_cuda:
             torch.cuda.synchronize()
         self.refreshes.append(Refresh(len(G), energy.mean(), overlap, (time.perf_counter() - began) * 1e3))
+
+
+class GaLoreAdamW(ShardedOptimizer):
+    """GaLore with AdamW; takes the param groups of `galore_torch`.
+
+    Groups with a `rank` are projected, the others are plain AdamW. Options of a projected group:
+    `rank`; `update_proj_gap`, updates between two refreshes of the basis (200); `scale` (0.25);
+    `proj_type`: std, reverse_std, left, right or full (std); `subspace`: svd, gram, warm, randomized or
+    random (the constructor's); `refresh`: fixed or staggered (fixed); `moments_at_refresh`: keep, reset or
+    rotate (keep; not with full).
+    A rank above min(m, n) is clamped with a warning.
+
+    Supported: plain tensors and DTensors with one sharded dimension, float32, float64 and bfloat16.
+    Raises ConfigError for an unknown or impossible option.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.0,
+        correct_bias: bool = True,
+        no_deprecation_warning: bool = True,
+        *,
+        subspace: str = "svd",
+        check_finite: bool = True,
+    ):
+        del no_deprecation_warning  # accepted for galore_torch's callers
+        defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, correct_bias=correct_bias)
+        super().__init__(params, defaults | projection_defaults(subspace), GaLore(), check_finite)
+
+
+def projection_defaults(subspace: str) -> dict[str, Any]:
+    """Return the defaults of the options of a projected group."""
+    return {
+        "rank": None,
+        "update_proj_gap": 200,
+        "scale": 0.25,
+        "proj_type": "std",
+        "subspace": subspace,
+        "refresh": "fixed",
+        "moments_at_refresh": "keep",
+    }

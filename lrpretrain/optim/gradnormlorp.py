@@ -21,11 +21,16 @@ magnitude is persistent, the gradients are those of the paper's source, zero row
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from lrpretrain.errors import ConfigError
 from lrpretrain.optim.adamw import Group, adam_direction, step_sizes
-from lrpretrain.optim.galore import GaLore
+from lrpretrain.optim.galore import GaLore, projection_defaults
+from lrpretrain.optim.optimizer import ShardedOptimizer
 from lrpretrain.optim.rule import Slot
 from lrpretrain.sharding.algebra import Matrices
 from lrpretrain.sharding.tiles import Tile
@@ -91,3 +96,38 @@ def _tangent(G: Matrices, W: Matrices, stretch: Tensor, radial: Tensor, dim: int
     tangent = G.like([Gi - r.to(Wi).unsqueeze(dim) * Wi for Gi, Wi, r in pairs])
     tangent.stretch(stretch, dim)
     return tangent
+
+
+class GradNormLoRPAdamW(ShardedOptimizer):
+    """GradNormLoRP with AdamW: GaLore on the directions of the output units, and learned magnitudes.
+
+    Takes the param groups and options of `GaLoreAdamW` but for `proj_type` full; groups without a `rank` are
+    plain AdamW. Build it on the weights that training starts from: the magnitudes are theirs.
+
+    Supported: plain tensors and DTensors with one sharded dimension, float32 and float64; bfloat16 weights
+    are rounded three times a step. Raises ConfigError for an unknown or impossible option.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.0,
+        correct_bias: bool = True,
+        *,
+        mode: str = "weightnorm",
+        subspace: str = "svd",
+        check_finite: bool = True,
+    ):
+        if mode != "weightnorm":
+            raise ConfigError([f"mode={mode!r}: must be weightnorm, the only mode there is so far."])
+        defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, correct_bias=correct_bias)
+        super().__init__(params, defaults | projection_defaults(subspace), WeightNorm(), check_finite)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a param group and create its state. Raises ConfigError for the side `full`."""
+        if param_group.get("proj_type") == "full":
+            raise ConfigError(["proj_type='full': is not defined for weight-normalised directions. Use std."])
+        super().add_param_group(param_group)

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from lrpretrain.config import OptimConfig
 from lrpretrain.errors import Problem
-from lrpretrain.optim.galore import side_of
+from lrpretrain.optim.galore import GaLoreAdamW, side_of
+from lrpretrain.optim.gradnormlorp import GradNormLoRPAdamW
 from lrpretrain.optim.loro import LOROAdamW
-from lrpretrain.optim.optimizer import AdamW, GaLoreAdamW, GradNormLoRPAdamW, ShardedOptimizer
+from lrpretrain.optim.optimizer import AdamW, ShardedOptimizer
 
 PROJECTED = {"galore": GaLoreAdamW, "gradnormlorp": GradNormLoRPAdamW}
 

@@ -17,8 +17,6 @@ from torch import Tensor
 
 from lrpretrain.errors import ConfigError
 from lrpretrain.optim.adamw import adamw
-from lrpretrain.optim.galore import GaLore
-from lrpretrain.optim.gradnormlorp import WeightNorm
 from lrpretrain.optim.rule import Rule, Slot
 from lrpretrain.optim.subspace import METHODS
 from lrpretrain.sharding import Holding, Piece, Tile, hold
@@ -232,86 +230,6 @@ class AdamW(ShardedOptimizer):
     ):
         defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, correct_bias=correct_bias)
         super().__init__(params, defaults, None, check_finite)
-
-
-class GaLoreAdamW(ShardedOptimizer):
-    """GaLore with AdamW; takes the param groups of `galore_torch`.
-
-    Groups with a `rank` are projected, the others are plain AdamW. Options of a projected group:
-    `rank`; `update_proj_gap`, updates between two refreshes of the basis (200); `scale` (0.25);
-    `proj_type`: std, reverse_std, left, right or full (std); `subspace`: svd, gram, warm, randomized or
-    random (the constructor's); `refresh`: fixed or staggered (fixed); `moments_at_refresh`: keep, reset or
-    rotate (keep; not with full).
-    A rank above min(m, n) is clamped with a warning.
-
-    Supported: plain tensors and DTensors with one sharded dimension, float32, float64 and bfloat16.
-    Raises ConfigError for an unknown or impossible option.
-    """
-
-    def __init__(
-        self,
-        params: Iterable[Any],
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-6,
-        weight_decay: float = 0.0,
-        correct_bias: bool = True,
-        no_deprecation_warning: bool = True,
-        *,
-        subspace: str = "svd",
-        check_finite: bool = True,
-    ):
-        del no_deprecation_warning  # accepted for galore_torch's callers
-        defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, correct_bias=correct_bias)
-        super().__init__(params, defaults | _projection(subspace), GaLore(), check_finite)
-
-
-class GradNormLoRPAdamW(ShardedOptimizer):
-    """GradNormLoRP with AdamW: GaLore on the directions of the output units, and learned magnitudes.
-
-    Takes the param groups and options of `GaLoreAdamW` but for `proj_type` full; groups without a `rank` are
-    plain AdamW. Build it on the weights that training starts from: the magnitudes are theirs.
-
-    Supported: plain tensors and DTensors with one sharded dimension, float32 and float64; bfloat16 weights
-    are rounded three times a step. Raises ConfigError for an unknown or impossible option.
-    """
-
-    def __init__(
-        self,
-        params: Iterable[Any],
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-6,
-        weight_decay: float = 0.0,
-        correct_bias: bool = True,
-        *,
-        mode: str = "weightnorm",
-        subspace: str = "svd",
-        check_finite: bool = True,
-    ):
-        if mode != "weightnorm":
-            raise ConfigError([f"mode={mode!r}: must be weightnorm, the only mode there is so far."])
-        defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, correct_bias=correct_bias)
-        super().__init__(params, defaults | _projection(subspace), WeightNorm(), check_finite)
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a param group and create its state. Raises ConfigError for the side `full`."""
-        if param_group.get("proj_type") == "full":
-            raise ConfigError(["proj_type='full': is not defined for weight-normalised directions. Use std."])
-        super().add_param_group(param_group)
-
-
-def _projection(subspace: str) -> dict[str, Any]:
-    """Return the defaults of the options of a projected group."""
-    return {
-        "rank": None,
-        "update_proj_gap": 200,
-        "scale": 0.25,
-        "proj_type": "std",
-        "subspace": subspace,
-        "refresh": "fixed",
-        "moments_at_refresh": "keep",
-    }
 
 
 class _Clamped(dict[str, Any]):
