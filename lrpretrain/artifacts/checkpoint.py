@@ -159,7 +159,7 @@ def keep_newest(folder: Path, count: int) -> None:
 
 
 class _Tiles(Tensor):
-    """A piece as DCP sees it: a tensor of the whole shape, of which this process holds one rectangle."""
+    """A piece as DCP sees it: a tensor of the whole shape, of which this process holds some rectangles."""
 
     _piece: Piece
 
@@ -183,13 +183,14 @@ class _Tiles(Tensor):
         ]
 
     def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
-        tile = self._piece.tile
-        if 0 in tile.sizes:
-            return []
-        return [ChunkStorageMetadata(torch.Size(tile.offsets), torch.Size(tile.sizes))]
+        return [
+            ChunkStorageMetadata(torch.Size(tile.offsets), torch.Size(tile.sizes))
+            for tile in self._piece.tiles
+            if 0 not in tile.sizes
+        ]
 
     def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
-        return self._piece.tensor
+        return next(part for tile, part in self._piece.parts if tile.offsets == tuple(index.offset or ()))
 
 
 def _attempt(action: Any) -> str | None:

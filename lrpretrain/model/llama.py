@@ -95,9 +95,11 @@ def initialize(holdings: Iterable[Holding], seed: int, std: float, init: str = "
         elif holding.name.endswith(FACTORS):
             whole = initial_tile(holding.name, holding.shape, Tile.whole(holding.shape), seed)
             factor = initial_factor(whole, init, std)  # `orth` has no tiles: drawn whole, one at a time
-            holding.weight.copy_(factor[holding.tile.span(0), holding.tile.span(1)])
+            for tile, part in holding.piece.parts:
+                part.copy_(factor[tile.span(0), tile.span(1)])
         else:
-            holding.weight.copy_(initial_tile(holding.name, holding.shape, holding.tile, seed).mul_(std))
+            for tile, part in holding.piece.parts:
+                part.copy_(initial_tile(holding.name, holding.shape, tile, seed).mul_(std))
 
 
 def initial_tile(name: str, shape: tuple[int, ...], tile: Tile, seed: int) -> Tensor:

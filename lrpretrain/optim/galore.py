@@ -40,7 +40,6 @@ from lrpretrain.optim.optimizer import ShardedOptimizer
 from lrpretrain.optim.rule import Refresh, Slot
 from lrpretrain.optim.subspace import leading_subspace, leading_subspaces
 from lrpretrain.sharding.algebra import Matrices
-from lrpretrain.sharding.tiles import Tile
 
 SIDES = {"right": 0, "left": 1, "full": 2}
 
@@ -61,67 +60,97 @@ def side_of(shape: Sequence[int], proj_type: str) -> str:
 class GaLore:
     """The rule; one object serves all batches of matrices of an optimizer."""
 
+    reads_weights = False
+
     def __init__(self) -> None:
         self.refreshes: list[Refresh] = []
+        self._drawn: dict[tuple[str, ...], tuple[list[int], Tensor]] = {}
 
     def transposed(self, shape: Sequence[int], hp: Group) -> bool:
         """Say whether matrices of this shape are handled as their transposes."""
         return side_of(shape, hp["proj_type"]) == "left"
 
+    def needs_whole(self, hp: Group) -> bool:
+        """Say whether the gradient is needed whole: for an SVD."""
+        return hp["proj_type"] == "full" or hp["subspace"] == "svd"
+
     def state(self, W: Matrices, hp: Group) -> dict[str, Slot]:
-        """Return the initial state: side, basis, moments; for `full` the left basis as well."""
-        (m, n), r, like = W.shape, hp["rank"], W.tensors[0]
+        """Return the initial state: side, basis, moments; for `full` the left basis as well.
+
+        Random bases are no state: they follow from the name and the count of refreshes.
+        """
+        (m, n), r = W.shape, hp["rank"]
         side = side_of(W.holdings[0].shape, hp["proj_type"])
-
-        def zeros(shape: tuple[int, ...], tile: Tile) -> Slot:
-            return Slot(like.new_zeros(len(W), *tile.sizes), shape, tile)
-
-        R = (r, r) if side == "full" else (m, r)
-        lies = Tile.whole(R) if side == "full" else W.tile.along(0, r)
+        basis = torch.zeros(len(W), n, r, dtype=W.dtype, device=W.device)
         state = {
-            "side": Slot(torch.full((len(W),), SIDES[side]), (), Tile.whole(())),
-            "basis": zeros((n, r), Tile.whole((n, r))),
-            "exp_avg": zeros(R, lies),
-            "exp_avg_sq": zeros(R, lies),
-            "age": Slot(torch.zeros(len(W), dtype=torch.int64), (), Tile.whole(())),
+            "side": Slot.whole(torch.full((len(W),), SIDES[side])),
+            "age": Slot.whole(torch.zeros(len(W), dtype=torch.int64)),
         }
-        return state | ({"basis_left": zeros((m, r), Tile.whole((m, r)))} if side == "full" else {})
+        for key in ("exp_avg", "exp_avg_sq"):
+            small = side == "full"
+            state[key] = (
+                Slot.whole(basis.new_zeros(len(W), r, r)) if small else Slot(W.zeros(0, r), *W.lying(0, r))
+            )
+        if side == "full":
+            state["basis_left"] = Slot.whole(basis.new_zeros(len(W), m, r))
+        if side == "full" or hp["subspace"] != "random":
+            state["basis"] = Slot.whole(basis)
+        return state
 
     def update(self, W: Matrices, G: Matrices, s: dict[str, Tensor], hp: Group) -> None:
         """Update a batch of matrices and its state in place. All processes that hold a tile must call it."""
-        if due := self._due(s, hp):
-            self._refresh(G[due], s, due, hp)
+        due, turns = self._clock(s, hp)
+        if due:
+            self._refresh(G[due], s, due, [turns[i] for i in due], hp)
+        P = self._bases(G, s, turns, hp)  # (b, n, r)
         s["step"] += 1
         s["age"] += 1
-        P = s["basis"]
         R = G @ P  # (b, m', r)
         if "basis_left" in s:
-            A = s["basis_left"][:, W.tile.span(0)]  # (b, m', r)
+            A = G.rows(s["basis_left"])  # (b, m', r)
             R = G.inner(A, R)  # (b, r, r)
         (N,) = adam_direction([R], [s["exp_avg"]], [s["exp_avg_sq"]], hp)
         if "basis_left" in s:
             N = A @ N  # (b, m', r)
         W.add_lowrank(N, P, [-eta * hp["scale"] for eta in step_sizes(s["age"].tolist(), hp)])
-        W.scale(1 - hp["lr"] * hp["weight_decay"])
 
-    def _due(self, s: dict[str, Tensor], hp: Group) -> list[int]:
-        """Return which matrices of the batch need a new basis in this update."""
-        clocks = zip(s["step"].tolist(), s["phase"].tolist(), strict=True)
-        return [
-            i for i, (t, phase) in enumerate(clocks) if t == 0 or (t - phase) % hp["update_proj_gap"] == 0
-        ]
+    def _clock(self, s: dict[str, Tensor], hp: Group) -> tuple[list[int], list[int]]:
+        """Return which matrices need a new basis in this update, and each one's count of bases before."""
+        gap = hp["update_proj_gap"]
+        clocks = list(zip(s["step"].tolist(), s["phase"].tolist(), strict=True))
+        due = [i for i, (t, phase) in enumerate(clocks) if t == 0 or (t - phase) % gap == 0]
+        return due, [(t - phase) // gap + (phase > 0) for t, phase in clocks]
 
-    def _refresh(self, G: Matrices, s: dict[str, Tensor], due: list[int], hp: Group) -> None:
+    def _bases(self, G: Matrices, s: dict[str, Tensor], turns: list[int], hp: Group) -> Tensor:
+        return s["basis"] if "basis" in s else self._draw(G, turns, hp)
+
+    def _draw(self, G: Matrices, turns: list[int], hp: Group) -> Tensor:
+        """Return random bases; kept until the next refresh unless the placement is `seeded`."""
+        key = tuple(G.names)
+        drawn = self._drawn.get(key)
+        if drawn is None or drawn[0] != turns:
+            drawn = turns, leading_subspace(G, hp["rank"], "random", None, turns).to(G.dtype)
+            if hp["placement"] != "seeded":
+                self._drawn[key] = drawn
+        return drawn[1]
+
+    def _refresh(
+        self, G: Matrices, s: dict[str, Tensor], due: list[int], turns: list[int], hp: Group
+    ) -> None:
+        """Find the bases that are due from their gradients G, `turns` bases after the first."""
         began = time.perf_counter()
-        steps = s["step"][due]
-        old = None if bool((steps == 0).any()) else s["basis"][due]
-        if "basis_left" in s:
-            A, P = leading_subspaces(G, hp["rank"])
-            s["basis_left"][due] = A.to(s["basis"].dtype)
+        first = bool((s["step"][due] == 0).any())
+        if "basis" not in s:
+            old = None if first else self._draw(G, [turn - 1 for turn in turns], hp)
+            P = self._draw(G, turns, hp)
         else:
-            turns = (-(-steps // hp["update_proj_gap"])).tolist()
-            P = leading_subspace(G, hp["rank"], hp["subspace"], old, turns)
-        s["basis"][due] = P.to(s["basis"].dtype)
+            old = None if first else s["basis"][due]
+            if "basis_left" in s:
+                A, P = leading_subspaces(G, hp["rank"])
+                s["basis_left"][due] = A.to(G.dtype)
+            else:
+                P = leading_subspace(G, hp["rank"], hp["subspace"], old, turns)
+            s["basis"][due] = P.to(G.dtype)
         if old is not None and hp["moments_at_refresh"] == "reset":
             for key in ("exp_avg", "exp_avg_sq", "age"):
                 s[key][due] = 0
@@ -133,13 +162,13 @@ class GaLore:
 
     def _measure(self, G: Matrices, P: Tensor, old: Tensor | None, began: float) -> None:
         """Note the energy that P keeps of G, its overlap with the old basis, and the time taken."""
-        R = (G @ P.to(G.tensors[0].dtype)).float()
+        R = (G @ P.to(G.dtype)).float()
         kept = G.inner(R, R).diagonal(dim1=-2, dim2=-1).sum(-1)  # ‖G P‖²
         energy = kept / G.square_sum().clamp_min(torch.finfo(torch.float32).tiny)
-        overlap = None if old is None else (old.mT @ P).square().sum((-2, -1)).mean() / P.shape[-1]
+        overlap = None if old is None else (old.mT @ P).square().sum((-2, -1)) / P.shape[-1]
         if P.is_cuda:
             torch.cuda.synchronize()
-        self.refreshes.append(Refresh(len(G), energy.mean(), overlap, (time.perf_counter() - began) * 1e3))
+        self.refreshes.append(Refresh(G.names, energy, overlap, (time.perf_counter() - began) * 1e3))
 
 
 class GaLoreAdamW(ShardedOptimizer):
@@ -149,7 +178,7 @@ class GaLoreAdamW(ShardedOptimizer):
     `rank`; `update_proj_gap`, updates between two refreshes of the basis (200); `scale` (0.25);
     `proj_type`: std, reverse_std, left, right or full (std); `subspace`: svd, gram, warm, randomized or
     random (the constructor's); `refresh`: fixed or staggered (fixed); `moments_at_refresh`: keep, reset or
-    rotate (keep; not with full).
+    rotate (keep; not with full); `placement` under sharding: auto, aligned, owner or seeded (auto).
     A rank above min(m, n) is clamped with a warning.
 
     Supported: plain tensors and DTensors with one sharded dimension, float32, float64 and bfloat16.
@@ -184,4 +213,5 @@ def projection_defaults(subspace: str) -> dict[str, Any]:
         "subspace": subspace,
         "refresh": "fixed",
         "moments_at_refresh": "keep",
+        "placement": "auto",
     }

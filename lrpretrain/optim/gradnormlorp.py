@@ -33,7 +33,6 @@ from lrpretrain.optim.galore import GaLore, projection_defaults
 from lrpretrain.optim.optimizer import ShardedOptimizer
 from lrpretrain.optim.rule import Slot
 from lrpretrain.sharding.algebra import Matrices
-from lrpretrain.sharding.tiles import Tile
 
 SMALLEST = 1e-18  # of a magnitude: W keeps a direction only as long as it is not zero
 
@@ -41,15 +40,15 @@ SMALLEST = 1e-18  # of a magnitude: W keeps a direction only as long as it is no
 class WeightNorm(GaLore):
     """The rule in its mode `weightnorm`."""
 
+    reads_weights = True
+
     def state(self, W: Matrices, hp: Group) -> dict[str, Slot]:
         """Return GaLore's state, and magnitude, norm and the magnitude's moments, a number for each row."""
         dim = _along(W)
         norm = W.dot(W, dim).sqrt()
-        at = 1 - dim
-        shape, tile = (W.shape[at],), Tile((W.tile.offsets[at],), (W.tile.sizes[at],))
         vectors = {"magnitude": norm, "norm": norm.clone()}
         vectors |= {f"magnitude_{key}": torch.zeros_like(norm) for key in ("exp_avg", "exp_avg_sq")}
-        return super().state(W, hp) | {key: Slot(vector, shape, tile) for key, vector in vectors.items()}
+        return super().state(W, hp) | {key: Slot(v, *W.lying(1 - dim)) for key, v in vectors.items()}
 
     def update(self, W: Matrices, G: Matrices, s: dict[str, Tensor], hp: Group) -> None:
         """Update a batch of matrices and its state in place. All processes that hold a tile must call it."""
@@ -58,13 +57,15 @@ class WeightNorm(GaLore):
         live = norm > 0
         grad_g = torch.where(live, G.dot(W, dim) / g, 0)  # W / g = v / ‖v‖
         stretch = torch.where(live, g / norm, 1)
-        radial = torch.where(live, grad_g / g, 0)  # ∇v = stretch (G − radial W)
-        if due := self._due(s, hp):
-            self._refresh(_tangent(G[due], W[due], stretch[due], radial[due], dim), s, due, hp)
+        radial = torch.where(live, grad_g / g, 0)
+        due, turns = self._clock(s, hp)
+        if due:
+            V = G[due].less(W[due], radial[due], dim)
+            V.stretch(stretch[due], dim)  # ∇v = stretch (G − radial W)
+            self._refresh(V, s, due, [turns[i] for i in due], hp)
+        P = self._bases(G, s, turns, hp)
         s["step"] += 1
         s["age"] += 1
-
-        P = s["basis"]
         if dim == 1:
             R = stretch[..., None] * (G @ P - radial[..., None] * (W @ P))  # (b, m', r)
         else:
@@ -81,21 +82,12 @@ class WeightNorm(GaLore):
         g.copy_(torch.where(g.abs() < SMALLEST, torch.copysign(torch.full_like(g, SMALLEST), g), g))
         norm.copy_(torch.where(live, moved, 0))
         W.stretch(torch.where(live, g / moved, 1), dim)
-        W.scale(1 - hp["lr"] * hp["weight_decay"])
         g *= 1 - hp["lr"] * hp["weight_decay"]
 
 
 def _along(W: Matrices) -> int:
     """Return the dimension along which an output unit lies: its row, a column where W stands transposed."""
     return 0 if W.transposed else 1
-
-
-def _tangent(G: Matrices, W: Matrices, stretch: Tensor, radial: Tensor, dim: int) -> Matrices:
-    """Return ∇v = stretch (G − radial W) as matrices of their own."""
-    pairs = zip(G.tensors, W.tensors, radial, strict=True)
-    tangent = G.like([Gi - r.to(Wi).unsqueeze(dim) * Wi for Gi, Wi, r in pairs])
-    tangent.stretch(stretch, dim)
-    return tangent
 
 
 class GradNormLoRPAdamW(ShardedOptimizer):

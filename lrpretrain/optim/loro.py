@@ -34,9 +34,10 @@ from torch import Tensor
 
 from lrpretrain.errors import ConfigError
 from lrpretrain.optim.adamw import adam_direction, step_sizes
-from lrpretrain.optim.optimizer import ShardedOptimizer
+from lrpretrain.optim.optimizer import ShardedOptimizer, merge_notes
 from lrpretrain.sharding import Holding, Piece
-from lrpretrain.sharding.algebra import Matrices
+from lrpretrain.sharding.placement import Exchange, assign
+from lrpretrain.sharding.procs import Procs
 
 # Smallest over largest entry of R's diagonal: below it, what R⁻¹ gives is float32's rounding, magnified.
 DEFICIENT = 1e-6
@@ -86,19 +87,24 @@ def _full_rank(R: Tensor) -> Tensor:
     return diagonal.amin(-1) > DEFICIENT * diagonal.amax(-1)
 
 
+Pair = tuple[Holding, Holding]  # A, B
+
+
 class LOROAdamW(ShardedOptimizer):
     """LORO with AdamW; takes the param groups of `loro_torch`.
 
     Groups carry a `type`: regular (plain AdamW), lowrank_in and lowrank_out, whose factors are paired in
     order; `lr_scaler` (−1) and `hidden_size` as above. Every `exact_every`-th update of a pair is exact
-    (0: never); with `refresh` (lrk, reg or all) the moments are zeroed after it. `step(use_exact_loro=…)` and
-    `refresh_states(mode)` decide instead, for drivers that count. `model` is accepted and not kept.
+    (0: never); with `exact_steps` staggered every pair has its own place in that count. With `refresh` (lrk,
+    reg or all) the moments of a pair are zeroed after its exact step, those of a regular parameter after
+    every `exact_every`-th update. `step(use_exact_loro=…)` and `refresh_states(mode)` decide instead, for
+    drivers that count. `model` is accepted and not kept.
 
-    `deficient_pairs` counts exact steps that were taken as lazy ones for want of rank.
+    `deficient_pairs` counts exact steps of this process that were taken as lazy ones for want of rank.
 
-    Supported: plain tensors and DTensors with one sharded dimension; an exact step gathers the factors and
-    their directions, for all pairs of a shape in four collectives. Raises ConfigError for options that are
-    unknown, or factors that do not pair.
+    Supported: plain tensors, DTensors with one sharded dimension, shards of ZeRO's masters; an exact step
+    brings the factors and their directions of each pair to one process, and the factors back. Raises
+    ConfigError for options that are unknown, or factors that do not pair.
     """
 
     def __init__(
@@ -114,23 +120,27 @@ class LOROAdamW(ShardedOptimizer):
         model: torch.nn.Module | None = None,
         *,
         exact_every: int = 500,
+        exact_steps: str = "fixed",
         refresh: str | None = None,
         check_finite: bool = True,
     ):
         del no_deprecation_warning, model
         if loro_type not in ("loro", "eucl"):
             raise ConfigError([f"loro_type={loro_type!r}: must be loro or eucl."])
+        if exact_steps not in ("fixed", "staggered"):
+            raise ConfigError([f"exact_steps={exact_steps!r}: must be fixed or staggered."])
         if refresh not in (None, "lrk", "reg", "all"):
             raise ConfigError([f"refresh={refresh!r}: must be lrk, reg, all or None."])
         self.loro_type, self.exact_every, self.refresh = loro_type, exact_every, refresh
+        self.exact_steps = exact_steps
         self.deficient_pairs = 0
-        self._told = (0, 0)
-        self._exact_pairs = 0
+        self._exact_notes: list[tuple[str, bool]] = []
         self._factors: dict[str, list[Holding]] = {"lowrank_in": [], "lowrank_out": []}
         self._use_exact: bool | None = None
         defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, correct_bias=correct_bias)
         super().__init__(params, defaults | {"type": "regular", "lr_scaler": -1}, None, check_finite)
         self._check_pairs()
+        self._owners = self._choose_owners()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a param group and create its state. Raises ConfigError for an unknown type or lr_scaler."""
@@ -142,14 +152,13 @@ class LOROAdamW(ShardedOptimizer):
         except (TypeError, ValueError) as error:
             raise ConfigError([f"lr_scaler={scaler!r}: must be a number; -1 is r / hidden_size."]) from error
         super().add_param_group(param_group)
-        if kind == "regular":
-            return
         holdings = self._regular[-1][1]
-        self._factors[kind] += holdings
         for h in holdings:
             updates = torch.zeros((), dtype=torch.int64)  # unlike `step` a refresh does not touch it
             self._pieces[h.name]["updates"] = Piece.whole(updates)
             self.state[h.param]["updates"] = updates
+        if kind != "regular":
+            self._factors[kind] += holdings
 
     def step(self, closure: Callable[[], Any] | None = None, use_exact_loro: bool | None = None) -> Any:
         """Update every parameter that has a gradient; return what `closure` returned.
@@ -163,12 +172,13 @@ class LOROAdamW(ShardedOptimizer):
             self._update_pairs()
         return loss
 
-    def pop_metrics(self) -> dict[str, float]:
+    def pop_metrics(self, procs: Procs | None = None) -> dict[str, float]:
         """Return the pairs that took an exact step since the last call, and those that lacked the rank."""
-        told, self._told = self._told, (self._exact_pairs, self.deficient_pairs)
-        if self._told == told:
+        notes, self._exact_notes = self._exact_notes, []
+        existed = merge_notes(notes, procs)
+        if not existed:
             return {}
-        return {"loro/exact_pairs": self._told[0] - told[0], "loro/deficient_pairs": self._told[1] - told[1]}
+        return {"loro/exact_pairs": sum(existed), "loro/deficient_pairs": len(existed) - sum(existed)}
 
     def refresh_states(self, mode: str) -> None:
         """Zero moments and their counters: of the factors (lrk), the regular parameters (reg) or all."""
@@ -176,71 +186,119 @@ class LOROAdamW(ShardedOptimizer):
             raise ConfigError([f"refresh_states({mode!r}): must be lrk, reg or all."])
         for group, holdings in self._regular:
             if mode == "all" or (mode == "reg") == (group["type"] == "regular"):
-                for h in holdings:
-                    for key in ("step", "exp_avg", "exp_avg_sq"):
-                        self.state[h.param][key].zero_()
+                self._forget(holdings)
+
+    def _forget(self, holdings: Iterable[Holding]) -> None:
+        for h in holdings:
+            for key in ("step", "exp_avg", "exp_avg_sq"):
+                self.state[h.param][key].zero_()
 
     def _update_regular(self, group: dict[str, Any], ready: list[Holding]) -> None:
-        if group["type"] == "regular":
-            super()._update_regular(group, ready)
+        if group["type"] != "regular":
+            return
+        super()._update_regular(group, ready)
+        for h in ready:
+            self.state[h.param]["updates"] += 1
+        if self.refresh in ("reg", "all"):
+            self._forget(h for h in ready if self._is_exact(h))
 
     @torch.no_grad()
     def _update_pairs(self) -> None:
         groups = {h.param: group for group, holdings in self._regular for h in holdings}
-        pairs = [
-            (a, b)
-            for a, b in zip(self._factors["lowrank_in"], self._factors["lowrank_out"], strict=True)
-            if a.param.grad is not None and b.param.grad is not None
-        ]
-        steps: dict[Tensor, tuple[Tensor, float]] = {}  # of each factor: direction and η_t
-        for h in (h for pair in pairs for h in pair):
-            s, hp = self.state[h.param], groups[h.param]
+        numbered = enumerate(zip(self._factors["lowrank_in"], self._factors["lowrank_out"], strict=True))
+        pairs = {i: (a, b) for i, (a, b) in numbered if a.param.grad is not None and b.param.grad is not None}
+        steps: dict[Tensor, tuple[Tensor, float, float, float]] = {}  # of each factor: d, η_t, c, 1 − η_t λ
+        for kind in (0, 1):
+            factors = [pair[kind] for pair in pairs.values()]
+            if factors:
+                steps |= self._directions(factors, groups[factors[0].param])
+        exact = {i: pair for i, pair in pairs.items() if self._is_exact(pair[1], i)}
+        lazy = [h for i, pair in pairs.items() if i not in exact for h in pair]
+        _lazy_step([h.weight for h in lazy], [steps[h.param] for h in lazy])
+        self._exact(exact, steps)
+        if self.refresh in ("lrk", "all"):
+            self._forget(h for pair in exact.values() for h in pair)
+
+    def _directions(
+        self, factors: list[Holding], hp: Mapping[str, Any]
+    ) -> dict[Tensor, tuple[Tensor, float, float, float]]:
+        states = [self.state[h.param] for h in factors]
+        for s in states:
             s["step"] += 1
             s["updates"] += 1
-            (d,) = adam_direction([h.grad], [s["exp_avg"]], [s["exp_avg_sq"]], hp)  # type: ignore[list-item]
-            steps[h.param] = d, step_sizes([int(s["step"])], hp)[0]
-        exact = [pair for pair in pairs if self._is_exact(pair[1])]
-        left = [pair for pair in pairs if pair not in exact] + self._exact(exact, steps)
-        for h in (h for pair in left for h in pair):
-            (d, eta), hp = steps[h.param], groups[h.param]
-            c = lazy_scale(h.shape, hp) if self.loro_type == "loro" else 1.0
-            h.weight.add_(d, alpha=-eta * c).mul_(1 - eta * hp["weight_decay"])
-        if exact and self.refresh is not None:
-            self.refresh_states(self.refresh)
+        moments = [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states]
+        ds = adam_direction([g for h in factors if (g := h.grad) is not None], *moments, hp)
+        etas = step_sizes([int(s["step"]) for s in states], hp)
+        scales = [lazy_scale(h.shape, hp) if self.loro_type == "loro" else 1.0 for h in factors]
+        decays = [1 - eta * hp["weight_decay"] for eta in etas]
+        return {h.param: four for h, *four in zip(factors, ds, etas, scales, decays, strict=True)}  # type: ignore[misc]
 
-    def _is_exact(self, out: Holding) -> bool:
+    def _is_exact(self, holding: Holding, pair: int = 0) -> bool:
         if self.loro_type == "eucl":
             return False
         if self._use_exact is not None:
             return self._use_exact
-        return self.exact_every > 0 and int(self.state[out.param]["updates"]) % self.exact_every == 0
+        if self.exact_every == 0:
+            return False
+        pairs = len(self._factors["lowrank_out"])
+        phase = pair * self.exact_every // pairs if self.exact_steps == "staggered" else 0
+        return (int(self.state[holding.param]["updates"]) + phase) % self.exact_every == 0
 
     def _exact(
-        self, pairs: list[tuple[Holding, Holding]], steps: Mapping[Tensor, tuple[Tensor, float]]
-    ) -> list[tuple[Holding, Holding]]:
-        """Take exact steps, all pairs of a shape together; return the pairs for which there is none."""
-        alike: dict[Any, list[tuple[Holding, Holding]]] = {}
-        for a, b in pairs:
-            alike.setdefault((a.shape, b.shape, a.split, b.split), []).append((a, b))
-        deficient = []
-        for members in alike.values():
-            whole = []
-            for side in (1, 0):
-                holdings = [pair[side] for pair in members]
-                whole.append(Matrices.weights(holdings).whole())
-                whole.append(Matrices(holdings, [steps[h.param][0] for h in holdings]).whole())
-            B, dB, A, dA = whole
-            eta = torch.tensor([steps[b.param][1] for _, b in members], device=B.device)
+        self, pairs: Mapping[int, Pair], steps: Mapping[Tensor, tuple[Tensor, float, float, float]]
+    ) -> None:
+        """Take exact steps, each pair on the process that owns it; a lazy one where there is none."""
+        if not pairs:
+            return
+        holdings = [h for pair in pairs.values() for h in pair]
+        ds = [steps[h.param][0] for h in holdings]
+        weights = [h.weight for h in holdings]
+        if holdings[0].group is None:
+            self._exact_whole(pairs, weights, ds, steps)
+            return
+        owners = [self._owners[i] for i in pairs for _ in "AB"]
+        exchange = Exchange(holdings, owners)
+        wholes, whole_ds = exchange.gather(weights, ds)
+        own = {i: pair for i, pair in pairs.items() if self._owners[i] == exchange.proc}
+        self._exact_whole(own, wholes, whole_ds, steps)
+        for weight, new in zip(weights, exchange.scatter(wholes), strict=True):
+            weight.copy_(new.view_as(weight))
+
+    def _exact_whole(
+        self,
+        pairs: Mapping[int, Pair],
+        wholes: list[Tensor],
+        ds: list[Tensor],
+        steps: Mapping[Tensor, tuple[Tensor, float, float, float]],
+    ) -> None:
+        """Update whole factors A, B, A, B … in place, all pairs of a shape together."""
+        alike: dict[Any, list[int]] = {}
+        for at, (a, b) in enumerate(pairs.values()):
+            alike.setdefault((a.shape, b.shape), []).append(2 * at)
+        holdings = [h for pair in pairs.values() for h in pair]
+        for ats in alike.values():
+            A, dA = (torch.stack([x[at] for at in ats]) for x in (wholes, ds))
+            B, dB = (torch.stack([x[at + 1] for at in ats]) for x in (wholes, ds))
+            eta = torch.tensor([steps[holdings[at + 1].param][1] for at in ats], device=B.device)
             B, A, exists = exact_step(B, A, dB, dA, eta)
-            for (a, b), new_b, new_a, there in zip(members, B, A, exists.tolist(), strict=True):
+            for at, new_a, new_b, there in zip(ats, A, B, exists.tolist(), strict=True):
+                self._exact_notes.append((holdings[at + 1].name, there))
                 if there:
-                    a.weight.copy_(new_a[a.tile.span(0), a.tile.span(1)])
-                    b.weight.copy_(new_b[b.tile.span(0), b.tile.span(1)])
+                    wholes[at].copy_(new_a)
+                    wholes[at + 1].copy_(new_b)
                 else:
-                    deficient.append((a, b))
-        self.deficient_pairs += len(deficient)
-        self._exact_pairs += len(pairs) - len(deficient)
-        return deficient
+                    self.deficient_pairs += 1
+                    of = [(ds[k], *steps[holdings[k].param][1:]) for k in (at, at + 1)]
+                    _lazy_step(wholes[at : at + 2], of)
+
+    def _choose_owners(self) -> list[int]:
+        """Return the process that takes each pair's exact step, so that each has as much work."""
+        ins, outs = self._factors["lowrank_in"], self._factors["lowrank_out"]
+        if not outs or outs[0].group is None:
+            return []
+        sizes = ((a.shape[0] + b.shape[0], b.shape[1]) for a, b in zip(ins, outs, strict=True))
+        costs = [(mn + 8 * r) * r**2 for mn, r in sizes]  # of the QRs and the SVD
+        return assign(outs, costs, [0.0] * len(outs[0].spread))
 
     def _check_pairs(self) -> None:
         ins, outs = self._factors["lowrank_in"], self._factors["lowrank_out"]
@@ -251,3 +309,12 @@ class LOROAdamW(ShardedOptimizer):
             raise ConfigError(
                 ["lowrank_in and lowrank_out must hold as many matrices, (n, r) and (m, r), in one order."]
             )
+
+
+def _lazy_step(weights: list[Tensor], steps: list[tuple[Tensor, float, float, float]]) -> None:
+    """Take lazy steps (d, η_t, c, 1 − η_t λ) in place."""
+    if not weights:
+        return
+    moves = torch._foreach_mul([d for d, *_ in steps], [-eta * c for _, eta, c, _ in steps])
+    torch._foreach_add_(weights, moves)
+    torch._foreach_mul_(weights, [decay for *_, decay in steps])

@@ -6,10 +6,12 @@ each parameter its own slice of it, so that state is created eagerly, with the s
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -19,41 +21,77 @@ from lrpretrain.errors import ConfigError
 from lrpretrain.optim.adamw import adamw
 from lrpretrain.optim.rule import Rule, Slot
 from lrpretrain.optim.subspace import METHODS
-from lrpretrain.sharding import Holding, Piece, Tile, hold
+from lrpretrain.sharding import Holding, Piece, hold
 from lrpretrain.sharding.algebra import Matrices
+from lrpretrain.sharding.placement import PLACEMENTS, Exchange, assign, choose
+from lrpretrain.sharding.procs import Procs
+
+T = TypeVar("T")
 
 
 @dataclass
 class Batch:
-    """Equal-shaped matrices of one param group, with their stacked state."""
+    """Equal-shaped matrices of one param group, with the stacked state that this process keeps of them.
+
+    `owners` names the process of each matrix's update, for the placement of that name.
+    """
 
     holdings: list[Holding]
     transposed: bool
     group: dict[str, Any]
     state: dict[str, Tensor]
+    kept: list[int]
+    """Which of the matrices the state is of."""
+    owners: list[int] | None = None
 
     def update(self, rule: Rule) -> None:
-        """Apply the rule to the matrices that have a gradient."""
+        """Apply the rule to the matrices that have a gradient, then weight decay."""
         have = [i for i, h in enumerate(self.holdings) if h.param.grad is not None]
         if not have:
             return
-        holdings, state = [self.holdings[i] for i in have], self.state
-        if len(have) < len(self.holdings):
-            state = {key: tensor[have] for key, tensor in self.state.items()}
-        W = Matrices.weights(holdings, self.transposed)
-        G = Matrices.gradients(holdings, self.transposed)
-        rule.update(W, G, state, self.group)
+        holdings = [self.holdings[i] for i in have]
+        rows = [row for row, i in enumerate(self.kept) if i in have]
+        state = self.state
+        if len(rows) < len(self.kept):
+            state = {key: tensor[rows] for key, tensor in self.state.items()}
+        if self.owners is None:
+            W, G = (kind(holdings, self.transposed) for kind in (Matrices.weights, Matrices.gradients))
+            rule.update(W, G, state, self.group)
+        else:
+            self._update_at_owners(rule, holdings, [self.owners[i] for i in have], state)
+        if self.group["weight_decay"]:
+            decay = 1 - self.group["lr"] * self.group["weight_decay"]
+            torch._foreach_mul_([h.weight for h in holdings], decay)
         if state is not self.state:
             for key, tensor in state.items():
-                self.state[key][have] = tensor
+                self.state[key][rows] = tensor
+
+    def _update_at_owners(
+        self, rule: Rule, holdings: list[Holding], owners: list[int], state: dict[str, Tensor]
+    ) -> None:
+        exchange = Exchange(holdings, owners)
+        weights = [h.weight for h in holdings]
+        kinds = [[_grad(h) for h in holdings], *([weights] if rule.reads_weights else [])]
+        grads, *olds = exchange.gather(*kinds)
+        news = olds[0] if olds else [torch.zeros_like(grad) for grad in grads]
+        if grads:
+            own = [hold(holdings[i].name, new) for i, new in zip(exchange.mine, news, strict=True)]
+            W = Matrices.weights(own, self.transposed)
+            rule.update(W, Matrices(own, grads, self.transposed), state, self.group)
+        for weight, new in zip(weights, exchange.scatter(news), strict=True):
+            if rule.reads_weights:
+                weight.copy_(new.view_as(weight))
+            else:
+                weight.add_(new.view_as(weight))
 
 
 class ShardedOptimizer(torch.optim.Optimizer):
     """AdamW, and a matrix rule for the param groups that have a `rank`.
 
-    Parameters may be plain tensors (one process, DDP) or DTensors with at most one sharded dimension
-    (FSDP2, HSDP). Under sharding all processes must construct it and call `step` together; the
-    communication of a step does not grow with the number of matrices.
+    Parameters may be plain tensors (one process, DDP), DTensors with at most one sharded dimension (FSDP2,
+    HSDP) or shards of ZeRO's masters. Under sharding all processes must construct it and call `step`
+    together; the collectives of a step do not grow with the number of matrices. `placements` counts the
+    matrices by where their updates happen, and why (lrpretrain/sharding/placement.py).
 
     A step with a non-finite gradient changes nothing, is counted in `skipped_steps` and warned of
     (`check_finite`; it costs one wait for the device, and one scalar all-reduce under sharding).
@@ -68,6 +106,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self._batches: list[Batch] = []
         self._pieces: dict[str, dict[str, Piece]] = {}
         self._regular: list[tuple[dict[str, Any], list[Holding]]] = []
+        self.placements: Counter[tuple[str, str]] = Counter()
+        self._loads: dict[Any, list[float]] = {}
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -109,22 +149,29 @@ class ShardedOptimizer(torch.optim.Optimizer):
             for key, piece in pieces.items():
                 yield name, key, piece
 
-    def pop_metrics(self) -> dict[str, float]:
-        """Return what was measured at refreshes since the last call: means of energy, overlap, time."""
-        if self.rule is None or not self.rule.refreshes:
+    def pop_metrics(self, procs: Procs | None = None) -> dict[str, float]:
+        """Return what was measured at refreshes since the last call: means of energy, overlap, time.
+
+        Of the matrices that this process has a part in, or of all with `procs`, which all must pass then.
+        """
+        if self.rule is None:
             return {}
         notes, self.rule.refreshes = self.rule.refreshes, []
-        matrices = sum(note.matrices for note in notes)
-        values = {
-            "subspace/refreshes": matrices,
+        values: list[tuple[str, tuple[float, float | None]]] = []
+        for n in notes:
+            overlaps = [None] * len(n.names) if n.overlap is None else n.overlap.tolist()
+            values += zip(n.names, zip(n.energy.tolist(), overlaps, strict=True), strict=True)
+        measured = merge_notes(values, procs)
+        ms = max((procs or Procs()).gather(sum(n.ms for n in notes)))
+        if not measured:
+            return {}
+        renewed = [overlap for _, overlap in measured if overlap is not None]
+        return {
+            "subspace/refreshes": len(measured),
             "subspace/matrices": sum(len(batch.holdings) for batch in self._batches),
-            "subspace/energy": sum(float(n.energy) * n.matrices for n in notes) / matrices,
-            "perf/refresh_ms": sum(n.ms for n in notes),
-        }
-        renewed = [(float(n.overlap), n.matrices) for n in notes if n.overlap is not None]
-        if renewed:
-            values["subspace/overlap"] = sum(o * k for o, k in renewed) / sum(k for _, k in renewed)
-        return values
+            "subspace/energy": sum(energy for energy, _ in measured) / len(measured),
+            "perf/refresh_ms": ms,
+        } | ({"subspace/overlap": sum(renewed) / len(renewed)} if renewed else {})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict()` returned, on the same sharding.
@@ -161,10 +208,9 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     def _add_regular(self, group: dict[str, Any], holdings: list[Holding]) -> None:
         for h in holdings:
-            whole = torch.zeros((), dtype=torch.int64)
-            pieces = {"step": Piece.whole(whole)}
+            pieces = {"step": Piece.whole(torch.zeros((), dtype=torch.int64))}
             for key in ("exp_avg", "exp_avg_sq"):
-                pieces[key] = Piece(torch.zeros_like(h.weight), h.shape, h.tile)
+                pieces[key] = h.of(torch.zeros_like(h.weight))
             self._register(h, pieces)
         self._regular.append((group, holdings))
 
@@ -172,29 +218,85 @@ class ShardedOptimizer(torch.optim.Optimizer):
         # Spread over the group, not over a batch: what counts is the work of a step.
         gap, spread = group.get("update_proj_gap", 1), group.get("refresh") == "staggered"
         phases = {h.name: i * gap // len(holdings) if spread else 0 for i, h in enumerate(holdings)}
-        alike: dict[tuple[Any, ...], list[Holding]] = {}
+        batches: dict[tuple[Any, ...], Batch] = {}
         for h in holdings:
             if len(h.shape) != 2:
-                raise ConfigError(
-                    [f"{h.name} has the shape {h.shape}: a group with a rank takes matrices only."]
-                )
-            alike.setdefault((h.shape, h.split, h.param.dtype, h.param.device), []).append(h)
-        for (shape, *_), members in alike.items():
-            hp = group
-            if group["rank"] > min(shape):
-                warnings.warn(
-                    f"rank {group['rank']} is larger than {shape}: clamped to {min(shape)}", stacklevel=5
-                )
-                hp = _Clamped(group, min(shape))
-            transposed = rule.transposed(shape, hp)
-            slots = rule.state(Matrices.weights(members, transposed), hp)
-            slots["step"] = Slot(torch.zeros(len(members), dtype=torch.int64), (), Tile.whole(()))
-            slots["phase"] = Slot(torch.tensor([phases[h.name] for h in members]), (), Tile.whole(()))
-            for i, h in enumerate(members):
-                self._register(h, {key: Piece(t[i], shape, tile) for key, (t, shape, tile) in slots.items()})
-            self._batches.append(
-                Batch(members, transposed, hp, {key: slot[0] for key, slot in slots.items()})
+                reason = f"{h.name} has the shape {h.shape}: a group with a rank takes matrices only."
+                raise ConfigError([reason])
+            hp = _Clamped(group, min(h.shape)) if group["rank"] > min(h.shape) else group
+            transposed = rule.transposed(h.shape, hp)
+            place = self._place(h, hp, transposed, rule)
+            cut = h.spread if place == "aligned" else place
+            key = h.shape, h.split, cut, h.group, h.param.dtype, h.param.device
+            batches.setdefault(key, Batch([], transposed, hp, {}, [])).holdings.append(h)
+            if place == "owner":
+                batches[key].owners = []
+        for shape in {b.holdings[0].shape for b in batches.values() if b.group is not group}:
+            warnings.warn(
+                f"rank {group['rank']} is larger than {shape}: clamped to {min(shape)}", stacklevel=5
             )
+        models = {id(b): _model_state(rule, b) for b in batches.values()}
+        self._assign([b for b in batches.values() if b.owners is not None], models)
+        for batch in batches.values():
+            self._add_batch(batch, rule, models[id(batch)], phases)
+
+    def _place(self, h: Holding, hp: dict[str, Any], transposed: bool, rule: Rule) -> str:
+        wanted = hp["placement"]
+        if wanted == "seeded" and (hp["subspace"] != "random" or rule.needs_whole(hp)):
+            raise ConfigError(["placement='seeded': needs random bases. Use subspace='random', or auto."])
+        if wanted == "aligned" and hp["proj_type"] == "full" and h.group is not None:
+            # What is zero but for rounding after a refresh (the entries off the diagonal), Adam makes large.
+            raise ConfigError(["placement='aligned': proj_type='full' needs whole matrices. Use owner."])
+        found = choose(h, int(transposed), hp["rank"], rule.needs_whole(hp))
+        if wanted != "auto" and h.group is not None:
+            found = "owner" if wanted == "owner" else "aligned", f"placement={wanted}"
+        self.placements[found] += 1
+        return found[0]
+
+    def _assign(self, batches: list[Batch], models: Mapping[int, Mapping[str, Slot]]) -> None:
+        """Choose the owners of all matrices that need one, so that each process keeps as much state."""
+        todo = [(batch, h) for batch in batches for h in batch.holdings]
+        for process_group in dict.fromkeys(h.group for _, h in todo):
+            part = [(batch, h) for batch, h in todo if h.group is process_group]
+            costs = [sum(math.prod(slot.shape) for slot in models[id(batch)].values()) for batch, _ in part]
+            loads = self._loads.setdefault(process_group, [0.0] * len(part[0][1].spread))
+            for (batch, _), owner in zip(part, assign([h for _, h in part], costs, loads), strict=True):
+                assert batch.owners is not None
+                batch.owners.append(owner)
+
+    def _add_batch(
+        self, batch: Batch, rule: Rule, model: Mapping[str, Slot], phases: Mapping[str, int]
+    ) -> None:
+        """Create the state of a batch: of all matrices, or of those that this process owns."""
+        own, batch.kept = batch.holdings, list(range(len(batch.holdings)))
+        if batch.owners is not None:
+            exchange = Exchange(batch.holdings, batch.owners)
+            weights = [h.weight for h in batch.holdings]
+            wholes = (
+                exchange.gather(weights)[0]
+                if rule.reads_weights
+                else [weights[0].new_empty(batch.holdings[0].shape) for _ in exchange.mine]
+            )
+            batch.kept = exchange.mine
+            own = [hold(batch.holdings[i].name, w) for i, w in zip(batch.kept, wholes, strict=True)]
+        slots: dict[str, Slot] = {}
+        if own:
+            slots = rule.state(Matrices.weights(own, batch.transposed), batch.group)
+            slots["step"] = Slot.whole(torch.zeros(len(own), dtype=torch.int64))
+            slots["phase"] = Slot.whole(torch.tensor([phases[h.name] for h in own]))
+        batch.state = {key: slot.tensor for key, slot in slots.items()}
+        for row, i in enumerate(batch.kept):
+            pieces = {key: Piece(t[row], shape, tiles) for key, (t, shape, tiles) in slots.items()}
+            self._register(batch.holdings[i], pieces)
+        counters = {key: Slot(torch.empty(0, dtype=torch.int64), (), ()) for key in ("step", "phase")}
+        for i in set(range(len(batch.holdings))) - set(batch.kept):
+            h = batch.holdings[i]
+            pieces = {
+                key: Piece(torch.empty(0, dtype=slot.tensor.dtype, device=h.param.device), slot.shape, ())
+                for key, slot in {**model, **counters}.items()
+            }
+            self._register(h, pieces)
+        self._batches.append(batch)
 
     def _register(self, holding: Holding, pieces: dict[str, Piece]) -> None:
         self._pieces[holding.name] = pieces
@@ -232,6 +334,24 @@ class AdamW(ShardedOptimizer):
         super().__init__(params, defaults, None, check_finite)
 
 
+def _model_state(rule: Rule, batch: Batch) -> dict[str, Slot]:
+    """Return the state of one whole matrix of a batch, without its memory."""
+    h = batch.holdings[0]
+    whole = hold(h.name, torch.empty(h.shape, dtype=h.param.dtype, device="meta"))
+    return rule.state(Matrices.weights([whole], batch.transposed), batch.group)
+
+
+def merge_notes(notes: list[tuple[str, T]], procs: Procs | None) -> list[T]:
+    """Return the values noted under names, over all processes; what several noted alike is there once."""
+    merged: dict[tuple[str, int], T] = {}
+    for part in (procs or Procs()).gather(notes):
+        seen: Counter[str] = Counter()
+        for name, value in part:
+            merged.setdefault((name, seen[name]), value)
+            seen[name] += 1
+    return list(merged.values())
+
+
 class _Clamped(dict[str, Any]):
     """A param group seen with a smaller rank; everything else follows the group."""
 
@@ -264,6 +384,7 @@ def _check(group: dict[str, Any]) -> None:
         "subspace": METHODS,
         "refresh": ("fixed", "staggered"),
         "moments_at_refresh": ("keep", "reset", "rotate"),
+        "placement": PLACEMENTS,
     }
     wrong = [
         f"{k}={group[k]!r}: must be {must}."

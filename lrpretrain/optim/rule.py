@@ -2,35 +2,42 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
 from lrpretrain.optim.adamw import Group
+from lrpretrain.sharding import Tile, Tiles
 from lrpretrain.sharding.algebra import Matrices
-from lrpretrain.sharding.tiles import Tile
 
 
 class Slot(NamedTuple):
     """A state of a batch of b matrices: stacked, and where one entry lies in its whole."""
 
     tensor: Tensor
-    """(b, …): this process's tile of each matrix's state."""
+    """(b, …): what this process has of each matrix's state."""
     shape: tuple[int, ...]
     """Of the whole state of one matrix."""
-    tile: Tile
+    tiles: Tiles
+
+    @classmethod
+    def whole(cls, tensor: Tensor) -> Slot:
+        """Return a state that every process holds whole."""
+        shape = tuple(tensor.shape[1:])
+        return cls(tensor, shape, (Tile.whole(shape),))
 
 
 @dataclass(frozen=True)
 class Refresh:
-    """What a refresh of bases was like, as means over its matrices."""
+    """What a refresh of the bases of some matrices was like."""
 
-    matrices: int
+    names: Sequence[str]
     energy: Tensor
-    """‖G P‖² / ‖G‖²: how much of the gradient the new basis keeps."""
+    """(b,) ‖G P‖² / ‖G‖²: how much of the gradient the new basis keeps."""
     overlap: Tensor | None
-    """‖P_oldᵀ P‖² / r: how much of the old subspace lies in the new one; None at the first refresh."""
+    """(b,) ‖P_oldᵀ P‖² / r: how much of the old subspace lies in the new one; None at the first refresh."""
     ms: float
 
 
@@ -38,12 +45,20 @@ class Rule(Protocol):
     """A rule for batches of equal-shaped matrices. It never asks where they lie."""
 
     refreshes: list[Refresh]
+    reads_weights: bool
+    """Whether `update` looks at W, rather than only adding to it."""
 
     def transposed(self, shape: tuple[int, ...], hp: Group) -> bool:
         """Say whether matrices of this shape are handled as their transposes."""
+
+    def needs_whole(self, hp: Group) -> bool:
+        """Say whether the update takes the gradient whole, so that tiles would have to be gathered."""
 
     def state(self, W: Matrices, hp: Group) -> dict[str, Slot]:
         """Return the initial state of a batch, by key."""
 
     def update(self, W: Matrices, G: Matrices, s: dict[str, Tensor], hp: Group) -> None:
-        """Update a batch and its state in place; `s` holds `step` (b,) besides, which the rule advances."""
+        """Update a batch and its state in place; `s` holds `step` (b,) besides, which the rule advances.
+
+        The decay of the weights comes after it and is not the rule's.
+        """

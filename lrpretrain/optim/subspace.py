@@ -79,7 +79,7 @@ def _svd(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 def _iterate(G: Matrices, X: Tensor, iterations: int) -> Tensor:
     """Return the Ritz vectors of GᵀG in the range of (GᵀG)^iterations X, by falling Ritz value."""
-    own = G.tensors[0].dtype
+    own = G.dtype
     dtype = torch.promote_types(own, torch.float32)
     for _ in range(iterations):
         Y = G.t_matmul(G @ X.to(own))  # (b, n, r)
@@ -96,4 +96,4 @@ def _draw(G: Matrices, rank: int, turns: Sequence[int]) -> Tensor:
         digest = hashlib.sha256(f"subspace {name} {turn}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
         draws.append(torch.randn(G.shape[1], rank, generator=generator))
-    return torch.stack(draws).to(G.tensors[0].device)
+    return torch.stack(draws).to(G.device)

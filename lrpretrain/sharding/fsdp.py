@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+
 from torch.distributed.tensor import DTensor, Replicate, Shard
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from lrpretrain.errors import ConfigError
-from lrpretrain.sharding.tiles import Holding, Tile
+from lrpretrain.sharding import local
+from lrpretrain.sharding.tiles import Holding, Tile, Tiles
 
 
 def hold(name: str, param: DTensor) -> Holding:
@@ -24,8 +26,23 @@ def hold(name: str, param: DTensor) -> Holding:
                 " supported. Shard it along one mesh dimension, without tensor parallelism."
             ]
         )
-    sizes, offsets = compute_local_shape_and_global_offset(param.shape, mesh, param.placements)
-    split, group = None, None
-    if sharded and mesh.size(sharded[0]) > 1:
-        split, group = param.placements[sharded[0]].dim, mesh.get_group(sharded[0])  # type: ignore[attr-defined]
-    return Holding(name, param, tuple(param.shape), Tile(tuple(offsets), tuple(sizes)), split, group)
+    if not sharded or mesh.size(sharded[0]) == 1:
+        return local.hold(name, param)
+    split: int = param.placements[sharded[0]].dim  # type: ignore[attr-defined]
+    spread = _spread(tuple(param.shape), split, mesh.size(sharded[0]))
+    own, group = spread[mesh.get_local_rank(sharded[0])], mesh.get_group(sharded[0])
+    return Holding(name, param, tuple(param.shape), own, spread, split, group)
+
+
+@functools.cache
+def _spread(shape: tuple[int, ...], dim: int, n_procs: int) -> tuple[Tiles, ...]:
+    """Return what each process holds of a tensor cut along `dim` into equal parts, the last ones smaller."""
+    size = shape[dim]
+    part = -(-size // n_procs)
+    spread = []
+    for proc in range(n_procs):
+        begin, end = min(proc * part, size), min((proc + 1) * part, size)
+        offsets, sizes = [0] * len(shape), list(shape)
+        offsets[dim], sizes[dim] = begin, end - begin
+        spread.append((Tile(tuple(offsets), tuple(sizes)),))
+    return tuple(spread)

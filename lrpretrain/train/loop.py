@@ -147,7 +147,7 @@ class Trainer:
         prompt = self.config.train.prompt if "valid/loss" in values else None
         began = time.perf_counter()
         text = None if prompt is None else continue_prompt(self.engine, self.tokenizer, prompt)
-        values |= self.engine.optimizer.pop_metrics()
+        values |= self.engine.optimizer.pop_metrics(self.procs)
         if self.metrics is not None:
             self.metrics.pause(time.perf_counter() - began)
             values["mem/optim_gib"] = self.engine.optimizer_bytes() / 2**30

@@ -135,7 +135,7 @@ def test_a_process_fills_its_own_tile_with_the_same_values():
         Tile((0, 8), (56, 16)),
     ):
         own = torch.full(tile.sizes, torch.nan)
-        llama.initialize([Holding(name, own, tuple(whole.shape), tile)], 5, 0.02)
+        llama.initialize([Holding(name, own, tuple(whole.shape), (tile,))], 5, 0.02)
         assert torch.equal(own, whole[tile.span(0), tile.span(1)])
 
 

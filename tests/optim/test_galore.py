@@ -296,7 +296,7 @@ def schedule_of(refresh, gap=6, n=4, steps=20):
     counts = []
     for t in range(steps):
         step(params, optimizer, t)
-        counts.append(sum(note.matrices for note in optimizer.rule.refreshes))
+        counts.append(sum(len(note.names) for note in optimizer.rule.refreshes))
         optimizer.rule.refreshes = []
     return counts
 

@@ -12,6 +12,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 
 from lrpretrain.errors import ConfigError
 from lrpretrain.optim import AdamW, GaLoreAdamW, GradNormLoRPAdamW, LOROAdamW
+from lrpretrain.sharding.zero import Shard as Range
 
 SHAPES = [
     (13, 6),
@@ -82,53 +83,112 @@ def train_pairs(place):
     return [(b @ a.T).detach() for a, b in zip(*full, strict=True)]
 
 
+def in_buffer(tensors, alone):
+    """Return each tensor as this process's range of a flat buffer, as ZeRO lays it out.
+
+    `alone`: every tensor is cut by itself (ZeRO-3); else all lie one after the other, and the buffer is cut.
+    """
+    n_procs, proc, group = dist.get_world_size(), dist.get_rank(), dist.group.WORLD
+    total = sum(t.numel() for t in tensors)
+    size, begin, shards = -(-total // n_procs), 0, []
+    for t in tensors:
+        part, before = (-(-t.numel() // n_procs), 0) if alone else (size, begin)
+        cuts = [min(max(k * part - before, 0), t.numel()) for k in range(n_procs + 1)]
+        ranges = tuple(itertools.pairwise(cuts))
+        own = t.reshape(-1)[slice(*ranges[proc])].clone()
+        shards.append(Range.of(own, 0, tuple(t.shape), ranges, group, even=alone))
+        begin += t.numel()
+    return shards
+
+
+def gather(shard):
+    """Return the whole tensor that a shard is a range of."""
+    whole = torch.zeros(torch.Size(shard.whole).numel())
+    whole[slice(*shard.ranges[dist.get_rank()])] = shard.detach()
+    dist.all_reduce(whole)
+    return whole.view(shard.whole)
+
+
+def train_in_buffer(shapes, options, alone):
+    params = in_buffer(tensors(0, shapes), alone)
+    optimizer = build(params, options)
+    for t in range(STEPS):
+        for p, grad in zip(params, in_buffer(tensors(t + 1, shapes), alone), strict=True):
+            p.grad = grad.as_subclass(torch.Tensor)
+        optimizer.step()
+    return [gather(p) for p in params]
+
+
+def difference(ours, theirs):
+    return max(float((a - b).norm() / b.norm()) for a, b in zip(ours, theirs, strict=True))
+
+
+def some(n_procs):
+    """Return all options for three processes, where shards are uneven, and every third for two."""
+    return OPTIONS if n_procs == 3 else OPTIONS[::3]
+
+
+def places(options):
+    if options is None:
+        return ["auto"]
+    return ["auto", "owner"] if options["proj_type"] == "full" else ["auto", "aligned", "owner"]
+
+
 def compare():
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     differences = {}
-    for options, dim in itertools.product(OPTIONS, [0, 1]):
+    for options, dim in itertools.product(some(dist.get_world_size()), [0, 1]):
         shapes = SHAPES if dim == 0 else [(5, 6), (12, 6), (6, 12)]
-        sharded = train(shapes, options, lambda t, dim=dim: distribute_tensor(t, mesh, [Shard(dim)]))
         whole = train(shapes, options, torch.clone)
-        worst = max(float((a - b).norm() / b.norm()) for a, b in zip(sharded, whole, strict=True))
-        differences[f"{options} Shard({dim})"] = worst
+        for place in places(options):
+            placed = options and options | {"placement": place}
+            sharded = train(shapes, placed, lambda t, dim=dim: distribute_tensor(t, mesh, [Shard(dim)]))
+            differences[f"{placed} Shard({dim})"] = difference(sharded, whole)
+            if dim == 0:
+                for alone in (False, True):
+                    flat = train_in_buffer(shapes, placed, alone)
+                    differences[f"{placed} buffer, {alone=}"] = difference(flat, whole)
+    seeded = dict(proj_type="right", subspace="random", placement="seeded")
+    sharded = train(SHAPES, seeded, lambda t: distribute_tensor(t, mesh, [Shard(0)]))
+    differences["seeded"] = difference(sharded, train(SHAPES, seeded | {"placement": "auto"}, torch.clone))
     sharded = train_pairs(lambda t: distribute_tensor(t, mesh, [Shard(0)]))
-    whole = train_pairs(torch.clone)
-    pairs = zip(sharded, whole, strict=True)
-    differences["loro"] = max(float((a - b).norm() / b.norm()) for a, b in pairs)
+    differences["loro"] = difference(sharded, train_pairs(torch.clone))
     return differences
 
 
 @pytest.mark.parametrize("n_procs", [2, 3])
 def test_sharded_equals_whole(n_procs):
     for differences in spawn(compare, n_procs):
-        assert len(differences) == 2 * len(OPTIONS) + 1
+        assert len(differences) == sum(4 * len(places(options)) for options in some(n_procs)) + 2
         for case, worst in differences.items():
             assert worst < 1e-5, case
 
 
 def communication():
-    """Return the collectives of an ordinary step: aligned, and misaligned with few and with many matrices."""
+    """Return the collectives of an ordinary step by side of the projection, placement and matrices."""
     mesh = init_device_mesh("cpu", (2,))
-    counts = []
-    for side, n in [("right", 3), ("left", 3), ("left", 9)]:
+    counts = {}
+    for side, place, n in itertools.product(["right", "left"], ["auto", "aligned", "owner"], [3, 9]):
         params = [
             torch.nn.Parameter(distribute_tensor(t, mesh, [Shard(0)])) for t in tensors(0, [(8, 6)] * n)
         ]
-        options = dict(rank=2, update_proj_gap=5, proj_type=side, subspace="warm")
+        options = dict(rank=2, update_proj_gap=5, proj_type=side, subspace="warm", placement=place)
         optimizer = GaLoreAdamW([{"params": params, **options}], check_finite=False)
         for _ in range(2):
             for p in params:
                 p.grad = distribute_tensor(torch.randn(8, 6), mesh, [Shard(0)])
             with CommDebugMode() as mode:
                 optimizer.step()
-        counts.append(mode.get_total_counts())
+        counts[side, place, n] = mode.get_total_counts()
     return counts
 
 
 def test_an_aligned_step_communicates_nothing_and_no_step_more_for_more_matrices():
-    for aligned, few, many in spawn(communication, 2):
-        assert aligned == 0
-        assert few == many == 1
+    expected = {"right": {"auto": 0, "aligned": 0, "owner": 2}, "left": {"auto": 2, "aligned": 1, "owner": 2}}
+    for counts in spawn(communication, 2):
+        assert len(counts) == 12
+        for (side, place, _), count in counts.items():
+            assert count == expected[side][place]
 
 
 def refusals():
