@@ -155,8 +155,10 @@ class TrainConfig:
 class EngineConfig:
     """How the network is spread over processes."""
 
-    kind: Literal["local", "ddp", "fsdp"] = "local"
-    """local: one process; ddp: whole copies; fsdp: FSDP2, sharded parameters."""
+    kind: Literal["local", "ddp", "fsdp", "zero"] = "local"
+    """local: one process; ddp: whole copies; fsdp: FSDP2, sharded parameters; zero: DeepSpeed ZeRO."""
+    ds_config: str | None = None
+    """zero: DeepSpeed's settings: a shipped file (zero1, zero2, zero3) or a path. Default: zero2."""
     replicas: int = 1
     """fsdp: groups of processes that each hold the whole model in shards (HSDP)."""
     shard_columns: bool = True
@@ -175,7 +177,7 @@ class PrecisionConfig:
     params: Literal["float32", "bfloat16"] = "float32"
     """The weights that the optimizer updates."""
     compute: Literal["float32", "bfloat16"] = "float32"
-    """Forward and backward; bfloat16 over float32 weights needs engine.kind=fsdp."""
+    """Forward and backward; bfloat16 over float32 weights needs engine.kind=fsdp or zero."""
 
 
 @dataclass
@@ -201,13 +203,18 @@ class Config:
     run: RunConfig = field(default_factory=RunConfig)
 
 
-_SHIPPED = {"model_configs": ("model_configs", ".json"), "recipes": ("launch/recipes", ".yaml")}
+_SHIPPED = {
+    "model_configs": ("model_configs", ".json"),
+    "recipes": ("launch/recipes", ".yaml"),
+    "ds_configs": ("ds_configs", ".json"),
+}
 
 
 def find_shipped(kind: str, name: str) -> Path | None:
     """Return the path of a file: `name` itself if it is one, else the shipped one of that name, else None.
 
-    `kind` is model_configs or recipes. They lie in the wheel, or in the checkout of an editable install.
+    `kind` is model_configs, recipes or ds_configs. They lie in the wheel, or in the checkout of an editable
+    install.
     """
     if Path(name).is_file():
         return Path(name)
@@ -221,7 +228,7 @@ def find_shipped(kind: str, name: str) -> Path | None:
 
 
 def shipped_names(kind: str) -> list[str]:
-    """Return the names of the shipped model_configs or recipes."""
+    """Return the names of the shipped files of a kind."""
     folder, suffix = _SHIPPED[kind]
     here = Path(__file__).parent
     return sorted(

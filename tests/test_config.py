@@ -252,6 +252,7 @@ def test_find_shipped(tmp_path, monkeypatch):
     )
     assert by_name.name == "llama_60m.json"
     assert find_shipped("recipes", "llama_toy_galore").name == "llama_toy_galore.yaml"
+    assert find_shipped("ds_configs", "zero2").name == "zero2.json"
     for kind, name in (
         ("model_configs", "llama_2b"),
         ("recipes", "llama_60m"),
@@ -270,6 +271,8 @@ def test_defaults_and_valid_combinations_have_no_problems():
         ({"engine": {"kind": "fsdp"}, "precision": {"compute": "bfloat16"}}, 1),
         ({"engine": {"kind": "fsdp", "accumulate_unsharded": True}}, 8),
         ({"engine": {"kind": "ddp"}, "precision": {"compute": "bfloat16", "params": "bfloat16"}}, 2),
+        ({"engine": {"kind": "zero", "ds_config": "zero3"}, "precision": {"compute": "bfloat16"}}, 2),
+        ({"engine": {"kind": "zero"}}, 1),
         ({"data": {"sequences": "pack", "document_mask": True, "seq_len": 2}}, 1),
         ({"data": {"source": "hub", "tokenizer": "t5-base", "path": None}}, 1),
         ({"data": {"source": "tokens", "path": "folder", "tokenizer": None}}, 1),
@@ -347,6 +350,22 @@ TOGETHER = {
         {"precision": {"params": "bfloat16"}, "engine": {"kind": "fsdp"}},
         1,
         ["precision.compute"],
+    ),
+    "bfloat16 weights under ZeRO": (
+        {"precision": {"params": "bfloat16", "compute": "bfloat16"}, "engine": {"kind": "zero"}},
+        1,
+        ["precision.params"],
+    ),
+    "bfloat16 weights under ZeRO, float32 arithmetic": (
+        {"precision": {"params": "bfloat16"}, "engine": {"kind": "zero"}},
+        1,
+        ["precision.params"],
+    ),
+    "replicas under ZeRO": ({"engine": {"kind": "zero", "replicas": 2}}, 2, ["engine.replicas"]),
+    "settings of DeepSpeed for another engine": (
+        {"engine": {"kind": "fsdp", "ds_config": "zero2"}},
+        2,
+        ["engine.ds_config"],
     ),
     "a mask of padded rows": ({"data": {"document_mask": True}}, 1, ["data.document_mask"]),
     "files without a path": ({"data": {"source": "files", "tokenizer": "a"}}, 1, ["data.path"]),

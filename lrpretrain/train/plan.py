@@ -8,6 +8,7 @@ from collections import Counter
 import torch
 
 from lrpretrain.config import Config
+from lrpretrain.engine import ds_config
 from lrpretrain.errors import ConfigError, Problem
 from lrpretrain.model import llama
 from lrpretrain.model.lowrank import initial_factor
@@ -15,8 +16,10 @@ from lrpretrain.optim import groups
 
 
 def problems(config: Config, n_procs: int) -> list[Problem | str]:
-    """Return everything that cannot work in a configuration, with a look at the model's shapes."""
+    """Return everything that cannot work in a configuration, with a look at the files that it names."""
     found = check(config, n_procs)
+    if config.engine.kind == "zero":
+        found += ds_config.problems(config, n_procs)
     try:
         shape = llama.load_config(config.model)
     except ConfigError as error:
@@ -116,7 +119,7 @@ def check(config: Config, n_procs: int) -> list[Problem | str]:
         engine.kind == "local" and n_procs > 1,
         "engine.kind",
         f"local runs in one process, and {n_procs} were started",
-        "Use fsdp or ddp",
+        "Use fsdp, zero or ddp",
     )
     refuse(
         engine.replicas < 1 or n_procs % max(engine.replicas, 1) != 0,
@@ -133,14 +136,27 @@ def check(config: Config, n_procs: int) -> list[Problem | str]:
     refuse(
         engine.accumulate_unsharded and engine.kind != "fsdp",
         "engine.accumulate_unsharded",
-        f"engine.kind={engine.kind} keeps whole gradients anyway",
+        f"engine.kind={engine.kind} has no such choice",
         "Leave it out",
     )
     refuse(
-        precision.compute != precision.params and (engine.kind != "fsdp" or precision.params == "bfloat16"),
+        engine.ds_config is not None and engine.kind != "zero",
+        "engine.ds_config",
+        f"engine.kind={engine.kind} has no use for DeepSpeed's settings",
+        "Use engine.kind=zero, or leave it out",
+    )
+    refuse(
+        engine.kind == "zero" and precision.params == "bfloat16",
+        "precision.params",
+        "ZeRO updates float32 weights, whatever it computes with",
+        "Use float32, with precision.compute=bfloat16",
+    )
+    mixed = precision.compute != precision.params
+    refuse(
+        mixed and engine.kind != "zero" and (engine.kind != "fsdp" or precision.params == "bfloat16"),
         "precision.compute",
         f"is not supported over precision.params={precision.params} with engine.kind={engine.kind}",
-        "Use bfloat16 over float32 with engine.kind=fsdp (one process will do), or the same for both",
+        "Use bfloat16 over float32 with engine.kind=fsdp or zero (one process will do), or the same for both",
     )
     refuse(
         data.document_mask and data.sequences == "pad",
