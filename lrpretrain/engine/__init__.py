@@ -5,15 +5,16 @@ from __future__ import annotations
 import torch
 
 from lrpretrain.config import Config
-from lrpretrain.engine.base import Engine, Mask
+from lrpretrain.engine import ds_config
+from lrpretrain.engine.base import Engine, Mask, Step
 from lrpretrain.engine.fsdp import FSDP
 from lrpretrain.engine.local import DDP, Local
+from lrpretrain.engine.zero import Zero
 from lrpretrain.model import llama
-from lrpretrain.optim.groups import build_optimizer, projected_on_the_left
-from lrpretrain.sharding import hold
+from lrpretrain.optim import groups
 from lrpretrain.sharding.procs import Procs
 
-__all__ = ["Engine", "build_engine"]
+__all__ = ["Engine", "Step", "build_engine"]
 
 
 def build_engine(
@@ -27,20 +28,24 @@ def build_engine(
     """
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
     model = llama.configured(config, dtypes[config.precision.params])
-    kind = {"local": Local, "ddp": DDP, "fsdp": FSDP}[config.engine.kind]
+    kind = {"local": Local, "ddp": DDP, "fsdp": FSDP, "zero": Zero}[config.engine.kind]
     engine = kind(model, procs, device, pad_id, mask)
     if isinstance(engine, FSDP):
         engine.compute = dtypes[config.precision.compute]
         engine.accumulate_unsharded = config.engine.accumulate_unsharded
         engine.replicas = config.engine.replicas
         if config.engine.shard_columns:
-            engine.by_columns = projected_on_the_left(llama.shapes(model), config.optim)
+            engine.by_columns = groups.projected_on_the_left(llama.shapes(model), config.optim)
+    if isinstance(engine, Zero):
+        engine.ds_config = ds_config.load(config, procs.n_procs)
+        engine.projected = groups.projected(llama.shapes(model), config.optim)
     engine.lay_out()
-    engine.holdings = [hold(name, param) for name, param in model.named_parameters()]
+    engine.holdings = engine.hold()
     std = model.config.initializer_range
     llama.initialize(engine.holdings, config.train.seed, std, config.optim.init)
+    engine.publish()
     if isinstance(engine, DDP):
         engine.wrap()
     params = ((h.name, h.param) for h in engine.holdings)
-    engine.optimizer = build_optimizer(params, config.optim, model.config.hidden_size)
+    engine.optimizer = groups.build_optimizer(params, config.optim, model.config.hidden_size)
     return engine

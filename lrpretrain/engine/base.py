@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import math
+import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -11,10 +14,21 @@ from transformers import LlamaForCausalLM
 
 from lrpretrain.model.loss import token_loss_sum
 from lrpretrain.optim import ShardedOptimizer
-from lrpretrain.sharding import Holding, Piece
+from lrpretrain.sharding import Holding, Piece, hold
 from lrpretrain.sharding.procs import Procs
 
 Mask = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Step:
+    """What came of an optimizer step."""
+
+    loss_sum: Tensor
+    """This process's sum of token losses, on the device."""
+    grad_norm: float
+    """Of the raw gradient, over all processes. Where it is not finite, nothing was updated."""
+    update_ms: float
 
 
 class Engine:
@@ -43,24 +57,58 @@ class Engine:
         """Lay out the model, which has no memory yet, over the processes, and give it memory."""
         raise NotImplementedError
 
+    def hold(self) -> list[Holding]:
+        """Return what this process has of every parameter, once the model is laid out."""
+        return [hold(name, param) for name, param in self.model.named_parameters()]
+
+    def publish(self) -> None:
+        """Let the network see weights that were written into the holdings."""
+
     def train_step(
-        self, micros: Sequence[Tensor], targets: int, clip_norm: float | None
-    ) -> tuple[Tensor, Tensor]:
-        """Run forward and backward over this process's micro-batches of ids (b, l), and clip.
+        self, micros: Sequence[Tensor], targets: int, clip_norm: float | None, lr_ratio: float
+    ) -> Step:
+        """Do one optimizer step with this process's micro-batches of ids (b, l).
 
         `targets` is the number of tokens that the loss of the whole step is taken over, on all processes:
-        every token weighs 1/targets. Returns this process's sum of token losses, and the norm of the raw
-        gradient, both on the device. Nothing is updated yet: the caller looks at the norm first.
+        every token weighs 1/targets. Gradients are clipped to `clip_norm`, and parameters updated with
+        `lr_ratio` times their peak learning rates, unless the gradient is not finite.
         """
+        loss_sum = self.accumulate(micros, targets)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * lr_ratio
+        grad_norm, update_ms = self.update(clip_norm)
+        return Step(loss_sum, grad_norm, update_ms)
+
+    def accumulate(self, micros: Sequence[Tensor], targets: int) -> Tensor:
+        """Run forward and backward; return this process's sum of token losses, on the device."""
         self.forward.train()
         total = torch.zeros((), device=self.device)
         for i, ids in enumerate(micros):
             with self.accumulation(last=i == len(micros) - 1):
                 loss = self._loss_sum(ids)
                 # Engines average gradients over the processes; times their number that is a sum.
-                (loss * (self.procs.n_procs / max(targets, 1))).backward()
+                self.backward(loss * (self.procs.n_procs / max(targets, 1)))
             total += loss.detach()
-        return total, self.clip(clip_norm)
+        return total
+
+    def backward(self, loss: Tensor) -> None:
+        """Run backward for one micro-batch."""
+        loss.backward()
+
+    def update(self, clip_norm: float | None) -> tuple[float, float]:
+        """Clip, update the parameters and drop the gradients.
+
+        Returns the norm of the raw gradient over all processes and the milliseconds of the update. With a
+        norm that is not finite nothing is updated.
+        """
+        grad_norm = float(self.clip(clip_norm))
+        began = time.perf_counter()
+        if math.isfinite(grad_norm):
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # so that the time of the update is known
+        return grad_norm, (time.perf_counter() - began) * 1e3
 
     @torch.no_grad()
     def loss_sum(self, ids: Tensor) -> Tensor:
@@ -74,15 +122,6 @@ class Engine:
         self.forward.eval()
         logits: Tensor = self.forward(input_ids=ids.to(self.device)).logits
         return logits[0, -1].float()
-
-    def update(self, lr_ratio: float) -> None:
-        """Update the parameters with `lr_ratio` times their peak learning rates, and drop the gradients."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["peak_lr"] * lr_ratio
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)  # so that the time of the update is known
 
     def total(self, value: Tensor) -> Tensor:
         """Add up a scalar of the device over the processes."""
@@ -107,6 +146,9 @@ class Engine:
         if max_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(params, max_norm, norm)
         return norm.full_tensor() if isinstance(norm, torch.distributed.tensor.DTensor) else norm
+
+    def close(self) -> None:
+        """Give back what the engine holds beyond its memory."""
 
     def optimizer_bytes(self) -> int:
         """Return the bytes of optimizer state on this process."""

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -79,9 +80,17 @@ def configured(config: Config, dtype: torch.dtype = torch.float32) -> LlamaForCa
     return model
 
 
-def materialize(model: LlamaForCausalLM, device: torch.device) -> None:
-    """Give a model from the meta device memory; its parameters hold garbage until `initialize`."""
-    model.to_empty(device=device)
+def materialize(
+    model: LlamaForCausalLM, device: torch.device, each: Callable[[nn.Module], Any] | None = None
+) -> None:
+    """Give a model from the meta device memory; its parameters hold garbage until `initialize`.
+
+    `each` is called with every module that has parameters of its own, before the next one gets memory.
+    """
+    for module in model.modules():
+        module.to_empty(device=device, recurse=False)
+        if each is not None and next(module.parameters(recurse=False), None) is not None:
+            each(module)
     # Not in the state dict, and garbage now.
     model.model.rotary_emb = LlamaRotaryEmbedding(model.config).to(device)
 

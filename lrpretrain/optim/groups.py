@@ -14,6 +14,7 @@ from lrpretrain.optim.galore import GaLoreAdamW, side_of
 from lrpretrain.optim.gradnormlorp import GradNormLoRPAdamW
 from lrpretrain.optim.loro import LOROAdamW
 from lrpretrain.optim.optimizer import AdamW, ShardedOptimizer
+from lrpretrain.sharding import hold
 
 PROJECTED = {"galore": GaLoreAdamW, "gradnormlorp": GradNormLoRPAdamW}
 
@@ -64,6 +65,13 @@ def problems(shapes: Mapping[str, tuple[int, ...]], optim: OptimConfig) -> list[
     return found
 
 
+def projected(shapes: Mapping[str, tuple[int, ...]], optim: OptimConfig) -> frozenset[str]:
+    """Return the parameters that the rule treats as matrices, by name; LORO's factors as well."""
+    if optim.rule == "loro":
+        return frozenset(name for name in shapes if name.endswith(("weight_in", "weight_out")))
+    return frozenset(matched(shapes, optim) if optim.rule in PROJECTED else ())
+
+
 def projected_on_the_left(shapes: Mapping[str, tuple[int, ...]], optim: OptimConfig) -> frozenset[str]:
     """Return the matrices of which the rule needs whole columns rather than whole rows."""
     if optim.rule not in PROJECTED:
@@ -104,7 +112,7 @@ def build_optimizer(
 
 def _matrix_groups(named: Mapping[str, Tensor], optim: OptimConfig) -> list[dict[str, Any]]:
     """Return a group for each rank, with the rule's options in the words of its authors."""
-    ranks = matched({name: tuple(param.shape) for name, param in named.items()}, optim)
+    ranks = matched({name: hold(name, param).shape for name, param in named.items()}, optim)
     groups: list[dict[str, Any]] = []
     for rank in sorted(set(ranks.values())):
         group = {"params": [(n, p) for n, p in named.items() if ranks.get(n) == rank], "peak_lr": optim.lr}

@@ -17,7 +17,7 @@ from lrpretrain.artifacts.rundir import RunDir
 from lrpretrain.config import Config
 from lrpretrain.data.loader import Batch, Loader
 from lrpretrain.data.tokenizer import Tokenizer
-from lrpretrain.engine import Engine
+from lrpretrain.engine import Engine, Step
 from lrpretrain.errors import EXIT_STOPPED, ConfigError, DataError, NonFiniteError, Problem
 from lrpretrain.sharding.procs import Procs
 from lrpretrain.train.evaluate import Evaluator, continue_prompt, split
@@ -68,15 +68,15 @@ class Trainer:
             self._log(self._evaluate())
         while progress.step < train.steps:
             batch = self._next_batch()
-            loss_sum, grad_norm = self._step(batch)
+            step = self._step(batch)
             last = progress.step == train.steps
             stops = bool(batch.flags) and not last
             evaluates = train.eval_every > 0 and not stops and (last or progress.step % train.eval_every == 0)
             if evaluates or stops or last or progress.step % train.log_every == 0:
                 values = {
-                    "train/loss": float(self.engine.total(loss_sum)) / max(batch.targets, 1),
+                    "train/loss": float(self.engine.total(step.loss_sum)) / max(batch.targets, 1),
                     "train/lr": self.config.optim.lr * lr_ratio(progress.step - 1, train),
-                    "train/grad_norm": grad_norm,
+                    "train/grad_norm": step.grad_norm,
                 }
                 self._log(values | (self._evaluate() if evaluates else {}))
             if stops or last or (train.save_every and progress.step % train.save_every == 0):
@@ -116,25 +116,26 @@ class Trainer:
             )
         return batch
 
-    def _step(self, batch: Batch) -> tuple[torch.Tensor, float]:
-        """Do one optimizer step; return this process's sum of token losses and the gradient's norm."""
+    def _step(self, batch: Batch) -> Step:
+        """Do one optimizer step. Raises NonFiniteError where it could not be done."""
         train, engine, progress = self.config.train, self.engine, self.progress
-        loss_sum, norm = engine.train_step(
-            split(batch.ids, train.micro_batch), batch.targets, train.clip_norm
+        step = engine.train_step(
+            split(batch.ids, train.micro_batch),
+            batch.targets,
+            train.clip_norm,
+            lr_ratio(progress.step, train),
         )
-        if not math.isfinite(grad_norm := float(norm)):
+        if not math.isfinite(step.grad_norm):
             self.save()  # with the position after this batch: started again, the run goes on behind it
             raise NonFiniteError(
-                f"the gradient of step {progress.step + 1} is not finite (norm {grad_norm}): nothing was"
+                f"the gradient of step {progress.step + 1} is not finite (norm {step.grad_norm}): nothing was"
                 " updated, the checkpoint goes on with the next batch. Lower optim.lr or set train.clip_norm."
             )
-        began = time.perf_counter()
-        engine.update(lr_ratio(progress.step, train))
         progress.step += 1
         progress.tokens += batch.tokens
         if self.metrics is not None:
-            self.metrics.count(batch.tokens, self.loader.wait_ms, (time.perf_counter() - began) * 1e3)
-        return loss_sum, grad_norm
+            self.metrics.count(batch.tokens, self.loader.wait_ms, step.update_ms)
+        return step
 
     def _evaluate(self) -> dict[str, float]:
         assert self.evaluator is not None
@@ -185,6 +186,7 @@ def resume(
     if problems:
         raise ConfigError(problems)
     checkpoint.load(path, engine.pieces(), procs)
+    engine.publish()
     if run["step"] >= config.train.steps:
         reason = f"{path} is at step {run['step']} already"
         raise ConfigError([Problem("train.steps", config.train.steps, reason, "Raise it")])

@@ -43,10 +43,9 @@ def one_step(folder):
         before = whole_weights(engine)
         rows = torch.randint(2, 300, (6, 16), generator=torch.Generator().manual_seed(1))
         own = rows.split(6 // procs.n_procs)[procs.proc]
-        loss, norm = engine.train_step(list(own.split(1)), 6 * 15, clip_norm=0.1)
-        total = engine.total(loss) if kind == "fsdp" else loss
-        engine.update(1.0)
-        results.append((before, whole_weights(engine), float(norm), float(total)))
+        step = engine.train_step(list(own.split(1)), 6 * 15, clip_norm=0.1, lr_ratio=1.0)
+        total = engine.total(step.loss_sum) if kind == "fsdp" else step.loss_sum
+        results.append((before, whole_weights(engine), step.grad_norm, float(total)))
     return results
 
 
@@ -96,7 +95,7 @@ def test_bfloat16_compute_keeps_float32_weights(tmp_path):
     try:
         engine = build_engine(config, Procs(), torch.device("cpu"), pad_id=0)
         rows = torch.randint(2, 300, (2, 16), generator=torch.Generator().manual_seed(1))
-        engine.train_step([rows], 30, None)
+        engine.accumulate([rows], 30)
         assert {p.dtype for p in engine.model.parameters()} == {torch.float32}
         assert {p.grad.dtype for p in engine.model.parameters()} == {torch.float32}
         assert engine.model(input_ids=rows).logits.dtype == torch.bfloat16
@@ -116,10 +115,10 @@ def test_padding_changes_nothing_and_accumulation_is_exact(tmp_path):
     rows = torch.randint(2, 300, (4, 12), generator=torch.Generator().manual_seed(1))
     padded = torch.nn.functional.pad(rows, (0, 8))
     assert float(engine.loss_sum(padded)) == pytest.approx(float(engine.loss_sum(rows)), rel=1e-6)
-    whole = engine.train_step([rows], 44, None)
+    whole = engine.accumulate([rows], 44)
     gradient = [p.grad.clone() for p in engine.model.parameters()]
     engine.optimizer.zero_grad()
-    parts = engine.train_step(list(padded.split(1)), 44, None)
+    parts = engine.accumulate(list(padded.split(1)), 44)
     torch.testing.assert_close(whole, parts, rtol=1e-5, atol=1e-6)
     for p, g in zip(engine.model.parameters(), gradient, strict=True):
         torch.testing.assert_close(p.grad, g, rtol=1e-4, atol=1e-6)

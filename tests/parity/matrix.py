@@ -1,0 +1,119 @@
+"""Every rule on every layout: a few training steps on a small LLaMA with odd shapes, for comparison."""
+
+import json
+
+import torch
+import torch.distributed as dist
+
+from lrpretrain.config import from_dict
+from lrpretrain.engine import build_engine
+from lrpretrain.sharding.procs import Procs
+
+MODEL = {
+    "model_type": "llama",
+    "vocab_size": 509,
+    "hidden_size": 60,
+    "intermediate_size": 173,
+    "num_attention_heads": 6,
+    "num_hidden_layers": 2,
+    "max_position_embeddings": 32,
+    "bos_token_id": None,
+    "eos_token_id": 1,
+    "pad_token_id": None,
+}
+STEPS, ROWS, LENGTH = 8, 18, 12  # 18 rows a step: 1 and 3 micro-batches on 1, 2 and 3 processes
+RULES = {
+    "adamw": {"rule": "adamw"},
+    "galore-std": {"rule": "galore", "side": "std"},
+    "galore-left": {"rule": "galore", "side": "left"},
+    "galore-right": {"rule": "galore", "side": "right"},
+    "gradnormlorp": {"rule": "gradnormlorp"},
+    "loro": {"rule": "loro"},
+}
+ZERO3 = {"stage": 3, "sub_group_size": 15000}  # several sub-groups
+LAYOUTS = {
+    "ddp": ({"kind": "ddp"}, None),
+    "fsdp": ({"kind": "fsdp"}, None),
+    "hsdp": ({"kind": "fsdp", "replicas": 2}, None),
+    "zero1": ({"kind": "zero"}, {"stage": 1}),
+    "zero2": ({"kind": "zero"}, {"stage": 2}),
+    "zero2-round-robin": ({"kind": "zero"}, {"stage": 2, "round_robin_gradients": True}),
+    "zero2-scattered": ({"kind": "zero"}, {"stage": 2, "contiguous_gradients": False}),
+    "zero3": ({"kind": "zero"}, ZERO3 | {"stage3_param_persistence_threshold": 0}),
+    "zero3-persistent": ({"kind": "zero"}, ZERO3),
+}
+
+
+def configure(folder, rule, layout, micros, n_procs, optim=(), **sections):
+    """Return the configuration of a case; `micros` micro-batches a step."""
+    model = folder / f"model_{dist.get_rank() if dist.is_initialized() else 0}.json"
+    model.write_text(json.dumps(MODEL))
+    engine, zero = LAYOUTS[layout] if layout != "local" else ({"kind": "local"}, None)
+    if zero is not None:
+        path = folder / f"ds_{dist.get_rank()}.json"
+        path.write_text(json.dumps({"zero_optimization": zero}))
+        engine = engine | {"ds_config": str(path)}
+    steps = {"rank": 5, "refresh_every": 4, "exact_every": 5, "lr": 0.01}
+    train = {"micro_batch": ROWS // n_procs // micros, "global_batch": ROWS, "clip_norm": 0.5}
+    tree = {
+        "model": {"config": str(model)},
+        "optim": steps | RULES[rule] | dict(optim),
+        "engine": engine,
+        "train": train | {"steps": STEPS, "warmup_steps": 0},
+    }
+    return from_dict(tree | sections)
+
+
+def batches():
+    """Return the ids (rows, length) of each step."""
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(2, MODEL["vocab_size"], (ROWS, LENGTH), generator=generator) for _ in range(STEPS)]
+
+
+def train(config, procs):
+    """Train some steps; return the losses and the whole weights."""
+    engine = build_engine(config, procs, torch.device("cpu"), pad_id=0)
+    targets = ROWS * (LENGTH - 1)
+    losses, norms = [], []
+    for rows in batches():
+        own = rows.split(ROWS // procs.n_procs)[procs.proc]
+        micros = list(own.split(config.train.micro_batch))
+        step = engine.train_step(micros, targets, config.train.clip_norm, 1.0)
+        losses.append(float(engine.total(step.loss_sum.double())) / targets)
+        norms.append(step.grad_norm)
+    weights = whole_weights(engine, procs)
+    engine.close()
+    return losses, norms, weights
+
+
+def whole_weights(engine, procs):
+    """Return the whole float32 weights by name; for low-rank layers their products."""
+    whole = {h.name: torch.zeros(h.shape) for h in engine.holdings}
+    own = {h.name: [(tile, part.clone()) for tile, part in h.piece.parts] for h in engine.holdings}
+    for pieces in procs.gather(own):
+        for name, parts in pieces.items():
+            for tile, part in parts:
+                whole[name][tuple(tile.span(d) for d in range(part.dim()))] = part
+    for name in [n for n in whole if n.endswith("weight_in")]:
+        layer = name.removesuffix("_in")
+        whole[layer] = whole.pop(f"{layer}_out") @ whole.pop(name).T
+    return whole
+
+
+def compare(folder, cases):
+    """Run cases (rule, layout, micro-batches); return by case the worst differences from one process."""
+    procs = Procs.of_default_group()
+    results = {}
+    for rule, layout, micros in cases:
+        alone = train(configure(folder, rule, "local", micros, 1), Procs())
+        ours = train(configure(folder, rule, layout, micros, procs.n_procs), procs)
+        results[rule, layout, micros] = difference(ours, alone)
+    return results
+
+
+def difference(ours, theirs):
+    """Return the worst relative difference of losses and gradient norms, and of the weights (Frobenius)."""
+    losses = [abs(a - b) / abs(b) for kind in (0, 1) for a, b in zip(ours[kind], theirs[kind], strict=True)]
+    assert ours[2].keys() == theirs[2].keys()
+    weights = [float((ours[2][n] - w).norm() / w.norm()) for n, w in theirs[2].items()]
+    return max(losses), max(weights)
