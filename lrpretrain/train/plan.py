@@ -209,6 +209,7 @@ def describe(config: Config, n_procs: int) -> str:
             f"{len(sizes)} parameters of {total:,} numbers",
             f"optimizer state: {' + '.join(f'{key} {count:,}' for key, count in state.items())}"
             f" = {state.total():,} numbers, {state.total() / total:.2f} a parameter",
+            *([ds_config.describe(config, n_procs)] if config.engine.kind == "zero" else []),
         ]
     )
 

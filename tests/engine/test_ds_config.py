@@ -107,6 +107,13 @@ def test_what_is_silent_is_filled_in(compute, bf16, clip_norm, clipping):
     assert "bucket" not in line and "\n" not in line
 
 
+def test_what_is_filled_in_is_printed():
+    config = recipe("zero3")
+    assert plan.describe(config, 3).splitlines()[-1] == ds_config.describe(config, 3)
+    config.engine = EngineConfig(kind="fsdp")
+    assert "zero" not in plan.describe(config, 3).lower()
+
+
 def test_auto_and_what_agrees_are_accepted(write):
     own = {
         "train_batch_size": 24,
