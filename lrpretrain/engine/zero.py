@@ -55,7 +55,8 @@ class Zero(Engine):
         import deepspeed
         from deepspeed.utils import logger
 
-        logger.setLevel(logging.WARNING)
+        logger.setLevel(logging.ERROR)
+        deepspeed.init_distributed(dist_init_required=False)
         if self.ds_config["zero_optimization"]["stage"] == 3:
 
             def partition(module: nn.Module) -> None:
