@@ -99,10 +99,9 @@ class GaLore:
 
     def update(self, W: Matrices, G: Matrices, s: dict[str, Tensor], hp: Group) -> None:
         """Update a batch of matrices and its state in place. All processes that hold a tile must call it."""
-        due, turns = self._clock(s, hp)
-        if due:
-            self._refresh(G[due], s, due, [turns[i] for i in due], hp)
-        P = self._bases(G, s, turns, hp)  # (b, n, r)
+        for due in self._due(s, hp):
+            self._refresh(G[due], s, due, hp)
+        P = self._bases(G, s, hp)  # (b, n, r)
         s["step"] += 1
         s["age"] += 1
         R = G @ P  # (b, m', r)
@@ -114,15 +113,20 @@ class GaLore:
             N = A @ N  # (b, m', r)
         W.add_lowrank(N, P, [-eta * hp["scale"] for eta in step_sizes(s["age"].tolist(), hp)])
 
-    def _clock(self, s: dict[str, Tensor], hp: Group) -> tuple[list[int], list[int]]:
-        """Return which matrices need a new basis in this update, and each one's count of bases before."""
-        gap = hp["update_proj_gap"]
-        clocks = list(zip(s["step"].tolist(), s["phase"].tolist(), strict=True))
-        due = [i for i, (t, phase) in enumerate(clocks) if t == 0 or (t - phase) % gap == 0]
-        return due, [(t - phase) // gap + (phase > 0) for t, phase in clocks]
+    def _due(self, s: dict[str, Tensor], hp: Group) -> list[list[int]]:
+        """Return which matrices need a new basis in this update: those without one, and those with one."""
+        clocks = list(enumerate(zip(s["step"].tolist(), s["phase"].tolist(), strict=True)))
+        first = [i for i, (t, _) in clocks if t == 0]
+        again = [i for i, (t, phase) in clocks if t > 0 and (t - phase) % hp["update_proj_gap"] == 0]
+        return [due for due in (first, again) if due]
 
-    def _bases(self, G: Matrices, s: dict[str, Tensor], turns: list[int], hp: Group) -> Tensor:
-        return s["basis"] if "basis" in s else self._draw(G, turns, hp)
+    def _turns(self, s: dict[str, Tensor], hp: Group) -> list[int]:
+        """Return how many bases each matrix had before the one of this update."""
+        clocks = zip(s["step"].tolist(), s["phase"].tolist(), strict=True)
+        return [(t - phase) // hp["update_proj_gap"] + (phase > 0) for t, phase in clocks]
+
+    def _bases(self, G: Matrices, s: dict[str, Tensor], hp: Group) -> Tensor:
+        return s["basis"] if "basis" in s else self._draw(G, self._turns(s, hp), hp)
 
     def _draw(self, G: Matrices, turns: list[int], hp: Group) -> Tensor:
         """Return random bases; kept until the next refresh unless the placement is `seeded`."""
@@ -134,12 +138,11 @@ class GaLore:
                 self._drawn[key] = drawn
         return drawn[1]
 
-    def _refresh(
-        self, G: Matrices, s: dict[str, Tensor], due: list[int], turns: list[int], hp: Group
-    ) -> None:
-        """Find the bases that are due from their gradients G, `turns` bases after the first."""
+    def _refresh(self, G: Matrices, s: dict[str, Tensor], due: list[int], hp: Group) -> None:
+        """Find the bases of some matrices from their gradients G; all of them have one already, or none has."""
         began = time.perf_counter()
-        first = bool((s["step"][due] == 0).any())
+        first = int(s["step"][due[0]]) == 0
+        turns = [self._turns(s, hp)[i] for i in due]
         if "basis" not in s:
             old = None if first else self._draw(G, [turn - 1 for turn in turns], hp)
             P = self._draw(G, turns, hp)

@@ -58,12 +58,11 @@ class WeightNorm(GaLore):
         grad_g = torch.where(live, G.dot(W, dim) / g, 0)  # W / g = v / ‖v‖
         stretch = torch.where(live, g / norm, 1)
         radial = torch.where(live, grad_g / g, 0)
-        due, turns = self._clock(s, hp)
-        if due:
+        for due in self._due(s, hp):
             V = G[due].less(W[due], radial[due], dim)
             V.stretch(stretch[due], dim)  # ∇v = stretch (G − radial W)
-            self._refresh(V, s, due, [turns[i] for i in due], hp)
-        P = self._bases(G, s, turns, hp)
+            self._refresh(V, s, due, hp)
+        P = self._bases(G, s, hp)
         s["step"] += 1
         s["age"] += 1
         if dim == 1:
