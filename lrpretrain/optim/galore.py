@@ -89,7 +89,7 @@ class GaLore:
 
     def update(self, W: Matrices, G: Matrices, s: dict[str, Tensor], hp: Group) -> None:
         """Update a batch of matrices and its state in place. All processes that hold a tile must call it."""
-        if due := self._due(s, hp):
+        for due in self._due(s, hp):
             self._refresh(G[due], s, due, hp)
         s["step"] += 1
         s["age"] += 1
@@ -104,12 +104,12 @@ class GaLore:
         W.add_lowrank(N, P, [-eta * hp["scale"] for eta in step_sizes(s["age"].tolist(), hp)])
         W.scale(1 - hp["lr"] * hp["weight_decay"])
 
-    def _due(self, s: dict[str, Tensor], hp: Group) -> list[int]:
-        """Return which matrices of the batch need a new basis in this update."""
-        clocks = zip(s["step"].tolist(), s["phase"].tolist(), strict=True)
-        return [
-            i for i, (t, phase) in enumerate(clocks) if t == 0 or (t - phase) % hp["update_proj_gap"] == 0
-        ]
+    def _due(self, s: dict[str, Tensor], hp: Group) -> list[list[int]]:
+        """Return which matrices need a new basis in this update: those without one, and those with one."""
+        clocks = list(enumerate(zip(s["step"].tolist(), s["phase"].tolist(), strict=True)))
+        first = [i for i, (t, _) in clocks if t == 0]
+        again = [i for i, (t, phase) in clocks if t > 0 and (t - phase) % hp["update_proj_gap"] == 0]
+        return [due for due in (first, again) if due]
 
     def _refresh(self, G: Matrices, s: dict[str, Tensor], due: list[int], hp: Group) -> None:
         began = time.perf_counter()

@@ -59,7 +59,7 @@ class WeightNorm(GaLore):
         grad_g = torch.where(live, G.dot(W, dim) / g, 0)  # W / g = v / ‖v‖
         stretch = torch.where(live, g / norm, 1)
         radial = torch.where(live, grad_g / g, 0)  # ∇v = stretch (G − radial W)
-        if due := self._due(s, hp):
+        for due in self._due(s, hp):
             self._refresh(_tangent(G[due], W[due], stretch[due], radial[due], dim), s, due, hp)
         s["step"] += 1
         s["age"] += 1
