@@ -139,7 +139,7 @@ class GaLore:
         return drawn[1]
 
     def _refresh(self, G: Matrices, s: dict[str, Tensor], due: list[int], hp: Group) -> None:
-        """Find the bases of some matrices from their gradients G; all of them have one already, or none has."""
+        """Find bases from the gradients G; all of these matrices have one already, or none has."""
         began = time.perf_counter()
         first = int(s["step"][due[0]]) == 0
         turns = [self._turns(s, hp)[i] for i in due]

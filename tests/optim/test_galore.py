@@ -1,6 +1,5 @@
 """GaLore against trajectories of the authors' code, and its invariants."""
 
-import io
 import json
 import math
 import warnings
@@ -226,32 +225,6 @@ def test_a_gradient_that_is_not_finite_changes_nothing():
     assert optimizer.skipped_steps == 1
     assert all(torch.equal(a, b) for a, b in zip(before, params, strict=True))
     assert all(torch.equal(v, optimizer.state[params[1]][k]) for k, v in state.items())
-
-
-@pytest.mark.parametrize("subspace", ["svd", "warm"])
-def test_state_dict_goes_on_to_the_bit(subspace):
-    params, optimizer = fresh(subspace=subspace)
-    for t in range(4):
-        step(params, optimizer, t)
-    buffer = io.BytesIO()
-    torch.save(optimizer.state_dict(), buffer)
-    buffer.seek(0)
-    others, again = fresh(seed=9, subspace=subspace)
-    for a, b in zip(others, params, strict=True):
-        a.data.copy_(b.data)
-    again.load_state_dict(torch.load(buffer, weights_only=True))
-    for t in range(4, 9):
-        step(params, optimizer, t)
-        step(others, again, t)
-    assert all(torch.equal(a, b) for a, b in zip(params, others, strict=True))
-
-
-def test_state_of_other_parameters_is_refused():
-    _, optimizer = fresh()
-    with pytest.raises(ConfigError, match="other parameters"):
-        optimizer.load_state_dict(fresh(shapes=((3, 3),), rank=2)[1].state_dict())
-    with pytest.raises(ConfigError, match="same rule, rank and side"):
-        optimizer.load_state_dict(fresh(rank=3)[1].state_dict())
 
 
 @pytest.mark.parametrize(
