@@ -49,6 +49,8 @@ def exact_step(B: Tensor, A: Tensor, dB: Tensor, dA: Tensor, eta: Tensor) -> tup
     eta (b,) is the step size. Works in float32 and returns the factors' dtype; what does not exist is left
     as it was.
     """
+    if min(B.shape[-2], A.shape[-2]) < B.shape[-1]:  # no product of these has the rank
+        return B, A, torch.zeros(len(B), dtype=torch.bool, device=B.device)
     dtype = B.dtype
     olds = B, A
     B, A, dB, dA = (x.float() for x in (B, A, dB, dA))
@@ -139,8 +141,7 @@ class LOROAdamW(ShardedOptimizer):
         self._use_exact: bool | None = None
         defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, correct_bias=correct_bias)
         super().__init__(params, defaults | {"type": "regular", "lr_scaler": -1}, None, check_finite)
-        self._check_pairs()
-        self._owners = self._choose_owners()
+        self._pair()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a param group and create its state. Raises ConfigError for an unknown type or lr_scaler."""
@@ -166,6 +167,8 @@ class LOROAdamW(ShardedOptimizer):
         `use_exact_loro` makes the step exact or lazy for all pairs, instead of the own count.
         """
         self._use_exact = use_exact_loro
+        if any(len(factors) != self._paired for factors in self._factors.values()):
+            self._pair()  # param groups were added
         skipped = self.skipped_steps
         loss = super().step(closure)
         if self.skipped_steps == skipped:
@@ -291,16 +294,8 @@ class LOROAdamW(ShardedOptimizer):
                     of = [(ds[k], *steps[holdings[k].param][1:]) for k in (at, at + 1)]
                     _lazy_step(wholes[at : at + 2], of)
 
-    def _choose_owners(self) -> list[int]:
-        """Return the process that takes each pair's exact step, so that each has as much work."""
-        ins, outs = self._factors["lowrank_in"], self._factors["lowrank_out"]
-        if not outs or outs[0].group is None:
-            return []
-        sizes = ((a.shape[0] + b.shape[0], b.shape[1]) for a, b in zip(ins, outs, strict=True))
-        costs = [(mn + 8 * r) * r**2 for mn, r in sizes]  # of the QRs and the SVD
-        return assign(outs, costs, [0.0] * len(outs[0].spread))
-
-    def _check_pairs(self) -> None:
+    def _pair(self) -> None:
+        """Check that the factors pair, and choose the owner of each pair's exact step, with equal work."""
         ins, outs = self._factors["lowrank_in"], self._factors["lowrank_out"]
         fit = len(ins) == len(outs) and all(
             a.shape[1:] == b.shape[1:] for a, b in zip(ins, outs, strict=True)
@@ -309,6 +304,12 @@ class LOROAdamW(ShardedOptimizer):
             raise ConfigError(
                 ["lowrank_in and lowrank_out must hold as many matrices, (n, r) and (m, r), in one order."]
             )
+        self._paired, self._owners = len(outs), []
+        if not outs or outs[0].group is None:
+            return
+        sizes = ((a.shape[0] + b.shape[0], b.shape[1]) for a, b in zip(ins, outs, strict=True))
+        costs = [(mn + 8 * r) * r**2 for mn, r in sizes]  # of the QRs and the SVD
+        self._owners = assign(outs, costs, [0.0] * len(outs[0].spread))
 
 
 def _lazy_step(weights: list[Tensor], steps: list[tuple[Tensor, float, float, float]]) -> None:

@@ -174,32 +174,34 @@ class ShardedOptimizer(torch.optim.Optimizer):
         } | ({"subspace/overlap": sum(renewed) / len(renewed)} if renewed else {})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what `state_dict()` returned, on the same sharding.
+        """Load what `state_dict()` returned, on the same sharding; parameters are matched by their position.
 
         Tensors are copied into the state as it is, without torch's cast to the parameter's dtype.
-        Raises ConfigError if the parameters or their state do not match.
+        Raises ConfigError if the parameters or their state do not match, and changes nothing then.
         """
-        own = self.state_dict()
-        ours, theirs = own["param_groups"], state_dict["param_groups"]
-        if [g["params"] for g in ours] != [g["params"] for g in theirs] or own["state"].keys() != state_dict[
-            "state"
-        ].keys():
-            raise ConfigError(
-                ["the state to load is of other parameters. Build the optimizer as it was built then."]
-            )
-        for index, tensors in own["state"].items():
-            for key, tensor in tensors.items():
-                saved = state_dict["state"][index].get(key)
-                if (
-                    saved is None
-                    or saved.shape != tensor.shape
-                    or (key == "side" and int(saved) != int(tensor))
-                ):
+        ours, theirs = self.param_groups, state_dict["param_groups"]
+        if [len(g["params"]) for g in ours] != [len(g["params"]) for g in theirs]:
+            reason = "the state to load is of other parameters. Build the optimizer as it was built then."
+            raise ConfigError([reason])
+        params = (param for group in ours for param in group["params"])
+        keys = (key for group in theirs for key in group["params"])
+        pairs = [
+            (self.state[p], state_dict["state"].get(k, {}), k) for p, k in zip(params, keys, strict=True)
+        ]
+        for own, saved, index in pairs:
+            for key in own.keys() | saved.keys():
+                fits = key in own and key in saved and own[key].shape == saved[key].shape
+                if not fits or (key == "side" and not torch.equal(saved[key].cpu(), own[key])):
                     what = f"the saved state of parameter {index} has no matching {key!r}"
                     raise ConfigError([f"{what}. Use the same rule, rank and side."])
-                tensor.copy_(saved)
-        for group, saved in zip(self.param_groups, theirs, strict=True):
+        for own, saved, _ in pairs:
+            for key, tensor in own.items():
+                tensor.copy_(saved[key])
+        for group, saved in zip(ours, theirs, strict=True):
             group.update({k: v for k, v in saved.items() if k not in ("params", "param_names")})
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__.copy()  # torch keeps the parameters and their state only
 
     def _update_regular(self, group: dict[str, Any], ready: list[Holding]) -> None:
         if ready:
@@ -299,16 +301,20 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self._batches.append(batch)
 
     def _register(self, holding: Holding, pieces: dict[str, Piece]) -> None:
+        if holding.name in self._pieces:
+            raise ConfigError([f"two parameters are named {holding.name}. Give each a name of its own."])
         self._pieces[holding.name] = pieces
         self.state[holding.param] = {key: piece.tensor for key, piece in pieces.items()}
 
     def _gradients_are_finite(self) -> bool:
         holdings = [h for _, hs in self._regular for h in hs] + [h for b in self._batches for h in b.holdings]
-        grads = [_grad(h) for h in holdings if h.param.grad is not None]
-        if not grads:
+        ready = [h for h in holdings if h.param.grad is not None]
+        if not ready:
             return True
-        broken = (~torch.isfinite(torch.stack(torch._foreach_norm(grads)))).any().float()
-        for group in {h.group for h in holdings if h.group is not None}:
+        grads = [grad for h in ready if (grad := _grad(h)).numel()]
+        largest = torch._foreach_norm(grads, ord=math.inf) if grads else [torch.zeros(())]
+        broken = (~torch.isfinite(torch.stack(largest))).any().float().to(ready[0].param.device)
+        for group in dict.fromkeys(h.group for h in holdings if h.group is not None):
             dist.all_reduce(broken, group=group)
         return not bool(broken)
 

@@ -292,7 +292,6 @@ def test_a_rank_above_the_matrix_is_that_of_the_matrix(case, more, plan):
         assert_same(state, runs[1][name])
 
 
-@pytest.mark.xfail(strict=True, reason="an exact step on a factor that is wider than tall raises")
 def test_a_pair_with_a_rank_above_the_matrix_takes_lazy_steps():
     params, optimizer = Case("loro", [(2, 7)], {"rank": 3}, {"exact_every": 1}).build()
     give(params, 0, Step())
