@@ -96,7 +96,12 @@ class OptimConfig:
     """How the basis is found: svd (exact, gathers the gradient), gram (eigenvectors of the Gram matrix), warm
     (one subspace iteration from the previous basis), randomized (two from a random start), random."""
     refresh: Literal["fixed", "staggered"] = "fixed"
-    """When bases are refreshed: all in the same step, or spread over the gap."""
+    """When bases are refreshed (loro: when pairs take their exact steps): all in the same step, or spread
+    over the gap."""
+    placement: Literal["auto", "aligned", "owner", "seeded"] = "auto"
+    """galore, gradnormlorp: where a sharded matrix is updated: aligned, where its shards are, with a basis on
+    each process; owner, whole on one process, which keeps its state; seeded, as aligned with random bases
+    drawn anew in every step. auto: by shapes and the number of processes, as printed at start."""
     moments_at_refresh: Literal["keep", "reset", "rotate"] = "keep"
     """What becomes of the moments at a refresh."""
     exact_every: int = 500

@@ -133,6 +133,10 @@ def _run(
     mask = functools.partial(document_mask, eos_id=tokenizer.eos_id) if config.data.document_mask else None
     engine = build_engine(config, procs, device, pad_id=tokenizer.pad_id, mask=mask)
     position = None
+    held = procs.gather(engine.optimizer_bytes())
+    if procs.is_first:
+        say(engine.optimizer.describe())
+        say(f"optimizer state: {max(held) / 2**20:.1f} MiB on the process that holds most of it")
     if start is not None:
         restored, position = resume(start, engine, config, procs, tokenizer)
         vars(progress).update(vars(restored))

@@ -7,6 +7,7 @@ those buffers (lrpretrain/sharding/zero.py), under the parameters' names.
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import math
 import os
@@ -71,9 +72,10 @@ class Zero(Engine):
         for name, param in self.model.named_parameters():
             groups[name in self.projected].append(param)
         self.client = Client([{"params": params} for params in groups.values() if params])
-        self.forward, *_ = deepspeed.initialize(
-            model=self.model, optimizer=self.client, config=self.ds_config, dist_init_required=False
-        )
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints its use of memory, whatever one asks for
+            self.forward, *_ = deepspeed.initialize(
+                model=self.model, optimizer=self.client, config=self.ds_config, dist_init_required=False
+            )
 
     @property
     def deepspeed(self) -> Any:

@@ -53,6 +53,12 @@ def problems(shapes: Mapping[str, tuple[int, ...]], optim: OptimConfig) -> list[
     if optim.side == "full" and optim.moments_at_refresh == "rotate":
         reason = "is not defined for optim.side=full"
         found.append(Problem("optim.moments_at_refresh", "rotate", reason, "Use keep or reset"))
+    if optim.placement == "seeded" and optim.subspace != "random":
+        reason = f"draws random bases anew, and optim.subspace={optim.subspace}"
+        found.append(Problem("optim.placement", "seeded", reason, "Use auto, or optim.subspace=random"))
+    if optim.placement == "aligned" and optim.side == "full":
+        reason = "optim.side=full needs whole matrices"
+        found.append(Problem("optim.placement", "aligned", reason, "Use auto or owner"))
     too_large: dict[str, list[str]] = {}
     for name, rank in matched(shapes, optim).items():
         if rank > min(shapes[name]):
@@ -106,7 +112,8 @@ def build_optimizer(
     }
     if optim.rule == "loro":
         refresh = None if optim.refresh_moments == "none" else optim.refresh_moments
-        return LOROAdamW(groups, **common, exact_every=optim.exact_every, refresh=refresh)
+        exact: dict[str, Any] = {"exact_every": optim.exact_every, "exact_steps": optim.refresh}
+        return LOROAdamW(groups, **common, **exact, refresh=refresh)
     return PROJECTED.get(optim.rule, AdamW)(groups, **common)
 
 
@@ -125,6 +132,7 @@ def _matrix_groups(named: Mapping[str, Tensor], optim: OptimConfig) -> list[dict
                 "subspace": optim.subspace,
                 "refresh": optim.refresh,
                 "moments_at_refresh": optim.moments_at_refresh,
+                "placement": optim.placement,
             }
         groups.append(group)
     return groups

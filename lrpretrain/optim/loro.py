@@ -305,8 +305,11 @@ class LOROAdamW(ShardedOptimizer):
                 ["lowrank_in and lowrank_out must hold as many matrices, (n, r) and (m, r), in one order."]
             )
         self._paired, self._owners = len(outs), []
+        self.placements.clear()
         if not outs or outs[0].group is None:
+            self.placements["aligned", "not split"] = len(outs)
             return
+        self.placements["owner", "for exact steps, pair by pair"] = len(outs)
         sizes = ((a.shape[0] + b.shape[0], b.shape[1]) for a, b in zip(ins, outs, strict=True))
         costs = [(mn + 8 * r) * r**2 for mn, r in sizes]  # of the QRs and the SVD
         self._owners = assign(outs, costs, [0.0] * len(outs[0].spread))

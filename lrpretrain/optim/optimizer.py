@@ -173,6 +173,11 @@ class ShardedOptimizer(torch.optim.Optimizer):
             "perf/refresh_ms": ms,
         } | ({"subspace/overlap": sum(renewed) / len(renewed)} if renewed else {})
 
+    def describe(self) -> str:
+        """Return where the matrices are updated, and why, in a line."""
+        parts = [f"{count} {place} ({reason})" for (place, reason), count in self.placements.items()]
+        return f"matrices by where they are updated: {', '.join(parts) or 'none'}"
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict()` returned, on the same sharding; parameters are matched by their position.
 

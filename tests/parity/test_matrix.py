@@ -1,0 +1,61 @@
+"""The promise: every rule on every layout gives the losses and weights of one process."""
+
+import itertools
+
+import pytest
+from matrix import LAYOUTS, RULES, bfloat16_losses, bfloat16_steps, compare
+from spawn import spawn
+
+PROCS = dict.fromkeys(LAYOUTS, (2, 3)) | {"hsdp": (2, 4)}  # hsdp: 2 × 1 and 2 × 2
+ALL = [
+    (n_procs, (rule, layout, micros))
+    for layout, counts in PROCS.items()
+    for n_procs, rule, micros in itertools.product(counts, RULES, (1, 3))
+]
+# Every rule on every layout once: the layouts alternate between processes and micro-batches.
+SOME = [
+    (n_procs, (rule, layout, micros))
+    for i, (rule, layout) in enumerate(itertools.product(RULES, LAYOUTS))
+    for n_procs, micros in [((2, 3), (PROCS[layout][1], 1))[i % 2]]
+    if n_procs < 4
+] + [(2, (rule, "hsdp", 3)) for rule in RULES]
+
+
+def check(cases, folder):
+    """Run cases, grouped into one launch for each number of processes; print a table."""
+    lines = []
+    for n_procs in sorted({n for n, _ in cases}):
+        own = [case for n, case in dict.fromkeys(cases) if n == n_procs]
+        for results in spawn(compare, n_procs, folder, own):
+            assert results.keys() == set(own)
+        for (rule, layout, micros), (losses, weights) in results.items():
+            lines.append((rule, layout, n_procs, micros, losses, weights))
+    print(f"\n{'rule':14}{'layout':18}{'processes':>10}{'micros':>8}{'losses':>10}{'weights':>10}")
+    for rule, layout, n_procs, micros, losses, weights in sorted(lines):
+        print(f"{rule:14}{layout:18}{n_procs:10}{micros:8}{losses:10.1e}{weights:10.1e}")
+    for line in lines:
+        assert line[4] <= 1e-5 and line[5] <= 1e-5, line
+    return lines
+
+
+def test_every_rule_on_every_layout(tmp_path):
+    lines = check(SOME, tmp_path)
+    assert {line[:2] for line in lines} == set(itertools.product(RULES, LAYOUTS))
+
+
+@pytest.mark.slow
+def test_the_whole_matrix(tmp_path):
+    assert len(check(ALL, tmp_path)) == len(RULES) * len(LAYOUTS) * 4
+
+
+def test_bfloat16_over_float32_masters(tmp_path):
+    """In bfloat16 the layouts round differently: losses to 2e-2, the optimizer's step alone to 1e-5."""
+    (alone,) = spawn(bfloat16_losses, 1, tmp_path, list(RULES), "fsdp")
+    for ours in spawn(bfloat16_losses, 2, tmp_path, list(RULES), "zero1"):
+        assert ours.keys() == set(RULES)
+        for rule, losses in ours.items():
+            assert losses == pytest.approx(alone[rule], rel=2e-2)
+            assert losses != alone[rule]  # it is bfloat16
+    for differences in spawn(bfloat16_steps, 3, tmp_path, list(RULES)):
+        assert differences.keys() == set(RULES)
+        assert max(differences.values()) <= 1e-5, differences
