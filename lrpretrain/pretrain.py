@@ -164,6 +164,7 @@ def _run(
         return code
     finally:
         loader.close()
+        engine.close()
         if metrics is not None:
             metrics.close()
 

@@ -60,10 +60,21 @@ def test_losses_do_not_depend_on_replicated_shards(bench, reference):
     agree(bench, reference, 4, "fsdp", "engine__replicastrain__micro_batch")
 
 
-def test_a_run_goes_on_with_another_number_of_processes(bench, reference):
-    """Ten steps on three processes, ten on one, ten on two."""
-    for n_procs, engine, keep in [(3, "fsdp", 10), (1, "local", 20), (2, "fsdp", 30)]:
-        argv = bench.options("moving", engine__kind=engine, data__sequences="pack", train__save_every=10)
+@pytest.mark.parametrize("rule", ["galore", "gradnormlorp", "loro"])
+def test_a_run_goes_on_with_another_engine_and_number_of_processes(bench, reference, rule):
+    """Five steps on each, and on to the end."""
+    moves = [("fsdp", 3, None), ("zero", 2, "zero3"), ("local", 1, None), ("zero", 3, "zero1")]
+    for i, (engine, n_procs, ds_config) in enumerate(moves):
+        argv = bench.options(
+            f"moving-{rule}",
+            optim__rule=rule,
+            engine__kind=engine,
+            engine__ds_config=ds_config,
+            data__sequences="pack",
+            train__save_every=5,
+            train__keep_checkpoints=0,
+            optim__exact_every=7,
+        )
         assert launch(n_procs, [argv]) == [0]
-        assert bench.losses("moving") == pytest.approx(reference["galore", "pack"], rel=1e-4)
-        bench.forget_after("moving", keep)
+        assert bench.losses(f"moving-{rule}") == pytest.approx(reference[rule, "pack"], rel=1e-4)
+        bench.forget_after(f"moving-{rule}", 5 * i + 5)
