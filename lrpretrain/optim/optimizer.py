@@ -130,6 +130,12 @@ class ShardedOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if not all(p in self.state for group in self.param_groups for p in group["params"]):
+            reason = (
+                "the parameters are not those that the optimizer was built on: something put buffers of its"
+            )
+            remedy = "Under DeepSpeed let lrpretrain build the engine (engine.kind=zero)"
+            raise ConfigError([f"{reason} own in their place. {remedy}."])
         if self.check_finite and not self._gradients_are_finite():
             self.skipped_steps += 1
             warnings.warn(
