@@ -131,11 +131,9 @@ class ShardedOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         if not all(p in self.state for group in self.param_groups for p in group["params"]):
-            reason = (
-                "the parameters are not those that the optimizer was built on: something put buffers of its"
-            )
+            reason = "the parameters are not those that the optimizer was built on, but other buffers"
             remedy = "Under DeepSpeed let lrpretrain build the engine (engine.kind=zero)"
-            raise ConfigError([f"{reason} own in their place. {remedy}."])
+            raise ConfigError([f"{reason}. {remedy}."])
         if self.check_finite and not self._gradients_are_finite():
             self.skipped_steps += 1
             warnings.warn(
