@@ -1,16 +1,12 @@
 """What is particular to DeepSpeed: where masters lie, what is skipped, what is refused."""
 
 import math
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-from spawn import spawn
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "parity"))
 from matrix import LAYOUTS, LENGTH, ROWS, ZERO3, batches, configure, whole_weights
+from spawn import spawn
 
 from lrpretrain.engine import build_engine
 from lrpretrain.errors import ConfigError

@@ -21,7 +21,7 @@ MODEL = {
     "eos_token_id": 1,
     "pad_token_id": None,
 }
-STEPS, ROWS, LENGTH = 8, 18, 12  # 18 rows a step: 1 and 3 micro-batches on 1, 2 and 3 processes
+STEPS, ROWS, LENGTH = 8, 36, 12  # 36 rows a step: 1 and 3 micro-batches on 1 to 4 processes
 RULES = {
     "adamw": {"rule": "adamw"},
     "galore-std": {"rule": "galore", "side": "std"},
