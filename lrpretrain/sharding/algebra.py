@@ -14,6 +14,7 @@ products are added up, and each keeps a copy.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Sequence
 
@@ -121,7 +122,7 @@ class Matrices:
     def gram(self) -> Tensor:
         """Return GᵀG (b, n, n) in float32 or better. Communicates where anything is split."""
         dtype = torch.promote_types(self.dtype, torch.float32)
-        if self.split == 1 or self._shared():
+        if self.split == 1 or self._shared:
             return torch.stack([G.to(dtype).T @ G.to(dtype) for G in self.whole()])
         out = torch.zeros(len(self), self.shape[1], self.shape[1], dtype=dtype, device=self.device)
         for part in self.parts:
@@ -188,7 +189,7 @@ class Matrices:
         """Add up what lies like the tiles along a dimension and was summed over the other one."""
         if self.split == 1 - along:
             return self._sum(tensor)
-        if shared := self._shared():
+        if shared := self._shared:
             # Only these lines travel, of all matrices together.
             where = {line: i for i, line in enumerate(shared)}
             own = [
@@ -202,6 +203,7 @@ class Matrices:
             tensor[:, here] = self._sum(buffer)[:, there]
         return tensor
 
+    @functools.cached_property
     def _shared(self) -> list[int]:
         """Return the lines along the split dimension of which no process holds all."""
         if self.split is None:
