@@ -86,6 +86,9 @@ class OptimConfig:
     """Rank in the attention. Default: optim.rank."""
     mlp_rank: int | None = None
     """Rank in the MLP. Default: optim.rank."""
+    mode: Literal["weightnorm", "lowrank_wn"] = "weightnorm"
+    """gradnormlorp: weightnorm (learned magnitudes that persist) or lowrank_wn (the authors' optimizer, which
+    overwrites magnitudes at each step and keeps a copy of all weights; one process or ddp)."""
     scale: float = 0.25
     """galore, gradnormlorp: factor of the projected update (the authors' galore_scale)."""
     refresh_every: int = 200

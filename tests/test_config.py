@@ -280,6 +280,8 @@ def test_defaults_and_valid_combinations_have_no_problems():
         ({"train": {"schedule": "cosine_restart", "restart_every": 1}}, 1),
         ({"train": {"decay_steps": 0, "restart_every": 0}}, 1),  # of other schedules
         ({"train": {"eval_every": 0, "save_every": 0, "keep_checkpoints": 0, "warmup_steps": 0}}, 1),
+        ({"optim": {"rule": "gradnormlorp", "mode": "lowrank_wn"}, "engine": {"kind": "ddp"}}, 2),
+        ({"optim": {"rule": "gradnormlorp", "mode": "lowrank_wn"}, "engine": {"kind": "fsdp"}}, 1),
         ({"optim": {"betas": [0, 0.5], "weight_decay": 0, "lr_regular": 1e-9}}, 1),
     ):
         assert check(from_dict(values), n_procs) == [], values
@@ -366,6 +368,17 @@ TOGETHER = {
         {"engine": {"kind": "fsdp", "ds_config": "zero2"}},
         2,
         ["engine.ds_config"],
+    ),
+    "a mode of another rule": ({"optim": {"rule": "galore", "mode": "lowrank_wn"}}, 1, ["optim.mode"]),
+    "a mode for whole matrices, cut": (
+        {"optim": {"rule": "gradnormlorp", "mode": "lowrank_wn"}, "engine": {"kind": "fsdp"}},
+        2,
+        ["optim.mode"],
+    ),
+    "a mode for whole matrices, in flat buffers": (
+        {"optim": {"rule": "gradnormlorp", "mode": "lowrank_wn"}, "engine": {"kind": "zero"}},
+        1,
+        ["optim.mode"],
     ),
     "a mask of padded rows": ({"data": {"document_mask": True}}, 1, ["data.document_mask"]),
     "files without a path": ({"data": {"source": "files", "tokenizer": "a"}}, 1, ["data.path"]),

@@ -61,6 +61,7 @@ class GaLore:
     """The rule; one object serves all batches of matrices of an optimizer."""
 
     reads_weights = False
+    whole_only = False
 
     def __init__(self) -> None:
         self.refreshes: list[Refresh] = []

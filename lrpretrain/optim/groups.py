@@ -47,7 +47,7 @@ def problems(shapes: Mapping[str, tuple[int, ...]], optim: OptimConfig) -> list[
             found.append(Problem("optim.targets", pattern, "matches no matrix of the model", remedy))
     if optim.rule == "adamw":
         return found
-    if optim.rule == "gradnormlorp" and optim.side == "full":
+    if optim.rule == "gradnormlorp" and optim.mode == "weightnorm" and optim.side == "full":
         reason = "is not defined for the weight-normalised directions of gradnormlorp"
         found.append(Problem("optim.side", optim.side, reason, "Use std"))
     if optim.side == "full" and optim.moments_at_refresh == "rotate":
@@ -114,6 +114,8 @@ def build_optimizer(
         refresh = None if optim.refresh_moments == "none" else optim.refresh_moments
         exact: dict[str, Any] = {"exact_every": optim.exact_every, "exact_steps": optim.refresh}
         return LOROAdamW(groups, **common, **exact, refresh=refresh)
+    if optim.rule == "gradnormlorp":
+        return GradNormLoRPAdamW(groups, **common, mode=optim.mode)
     return PROJECTED.get(optim.rule, AdamW)(groups, **common)
 
 

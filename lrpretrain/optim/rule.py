@@ -47,6 +47,8 @@ class Rule(Protocol):
     refreshes: list[Refresh]
     reads_weights: bool
     """Whether `update` looks at W, rather than only adding to it."""
+    whole_only: bool
+    """Whether the parameters, those of groups without a rank too, must not be cut among processes."""
 
     def transposed(self, shape: tuple[int, ...], hp: Group) -> bool:
         """Say whether matrices of this shape are handled as their transposes."""

@@ -159,6 +159,19 @@ def check(config: Config, n_procs: int) -> list[Problem | str]:
         "Use bfloat16 over float32 with engine.kind=fsdp or zero (one process will do), or the same for both",
     )
     refuse(
+        optim.mode != "weightnorm" and optim.rule != "gradnormlorp",
+        "optim.mode",
+        f"optim.rule={optim.rule} has no modes",
+        "Use optim.rule=gradnormlorp, or leave it out",
+    )
+    cut = engine.kind == "zero" or (engine.kind == "fsdp" and n_procs > engine.replicas)
+    refuse(
+        optim.mode == "lowrank_wn" and cut,
+        "optim.mode",
+        f"needs whole matrices, which engine.kind={engine.kind} cuts",
+        "Use optim.mode=weightnorm, or engine.kind=ddp",
+    )
+    refuse(
         data.document_mask and data.sequences == "pad",
         "data.document_mask",
         "rows of pad hold one document",

@@ -203,6 +203,9 @@ def refusals():
     sharded = torch.nn.Parameter(
         distribute_tensor(torch.ones(4, 4), init_device_mesh("cpu", (2,)), [Shard(0)])
     )
+    for rank in (2, None):
+        with pytest.raises(ConfigError, match="is cut among processes, and LowRankWN takes whole"):
+            GradNormLoRPAdamW([{"params": [sharded], "rank": rank}], mode="lowrank_wn")
     optimizer = GaLoreAdamW([{"params": [sharded], "rank": 2}])
     sharded.grad = DTensor.from_local(
         torch.full((2, 4), value), sharded.device_mesh, [Shard(0)], run_check=False
