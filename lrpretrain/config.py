@@ -70,6 +70,9 @@ class OptimConfig:
 
     rule: Literal["adamw", "galore", "gradnormlorp", "loro"] = "galore"
     """The update rule of the matched matrices; everything else is trained with AdamW."""
+    base: Literal["adamw", "adafactor"] = "adamw"
+    """galore: what runs in the subspace, and on all other parameters. adafactor (one process or ddp) keeps
+    the second moment as a row and a column and no first; optim.betas and optim.eps are those of adamw."""
     lr: float = 0.01
     """Peak learning rate."""
     lr_regular: float | None = None

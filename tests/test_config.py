@@ -282,6 +282,7 @@ def test_defaults_and_valid_combinations_have_no_problems():
         ({"train": {"eval_every": 0, "save_every": 0, "keep_checkpoints": 0, "warmup_steps": 0}}, 1),
         ({"optim": {"rule": "gradnormlorp", "mode": "lowrank_wn"}, "engine": {"kind": "ddp"}}, 2),
         ({"optim": {"rule": "gradnormlorp", "mode": "lowrank_wn"}, "engine": {"kind": "fsdp"}}, 1),
+        ({"optim": {"rule": "galore", "base": "adafactor"}, "engine": {"kind": "ddp"}}, 2),
         ({"optim": {"betas": [0, 0.5], "weight_decay": 0, "lr_regular": 1e-9}}, 1),
     ):
         assert check(from_dict(values), n_procs) == [], values
@@ -379,6 +380,17 @@ TOGETHER = {
         {"optim": {"rule": "gradnormlorp", "mode": "lowrank_wn"}, "engine": {"kind": "zero"}},
         1,
         ["optim.mode"],
+    ),
+    "adafactor under another rule": ({"optim": {"rule": "loro", "base": "adafactor"}}, 1, ["optim.base"]),
+    "adafactor in pieces, and with rotated moments": (
+        {"optim": {"base": "adafactor", "moments_at_refresh": "rotate"}, "engine": {"kind": "fsdp"}},
+        2,
+        ["optim.base", "optim.moments_at_refresh"],
+    ),
+    "adafactor in flat buffers": (
+        {"optim": {"base": "adafactor"}, "engine": {"kind": "zero"}},
+        1,
+        ["optim.base"],
     ),
     "a mask of padded rows": ({"data": {"document_mask": True}}, 1, ["data.document_mask"]),
     "files without a path": ({"data": {"source": "files", "tokenizer": "a"}}, 1, ["data.path"]),

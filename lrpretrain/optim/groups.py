@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lrpretrain.config import OptimConfig
 from lrpretrain.errors import Problem
+from lrpretrain.optim.adafactor import GaLoreAdafactor
 from lrpretrain.optim.galore import GaLoreAdamW, side_of
 from lrpretrain.optim.gradnormlorp import GradNormLoRPAdamW
 from lrpretrain.optim.loro import LOROAdamW
@@ -105,11 +106,12 @@ def build_optimizer(
     groups = [group for group in groups if group["params"]]
     common: dict[str, Any] = {
         "lr": optim.lr,
-        "betas": optim.betas,
-        "eps": optim.eps,
         "weight_decay": optim.weight_decay,
         "check_finite": False,
     }
+    if optim.base == "adafactor":  # as the authors' training script sets it
+        return GaLoreAdafactor(groups, **common, scale_parameter=False, relative_step=False)
+    common |= {"betas": optim.betas, "eps": optim.eps}
     if optim.rule == "loro":
         refresh = None if optim.refresh_moments == "none" else optim.refresh_moments
         exact: dict[str, Any] = {"exact_every": optim.exact_every, "exact_steps": optim.refresh}

@@ -45,7 +45,7 @@ class Batch:
     owners: list[int] | None = None
 
     def update(self, rule: Rule) -> None:
-        """Apply the rule to the matrices that have a gradient, then weight decay."""
+        """Apply the rule to the matrices that have a gradient, then weight decay if that is not its own."""
         have = [i for i, h in enumerate(self.holdings) if h.param.grad is not None]
         if not have:
             return
@@ -59,7 +59,7 @@ class Batch:
             rule.update(W, G, state, self.group)
         else:
             self._update_at_owners(rule, holdings, [self.owners[i] for i in have], state)
-        if self.group["weight_decay"]:
+        if self.group["weight_decay"] and not rule.decays:
             decay = 1 - self.group["lr"] * self.group["weight_decay"]
             torch._foreach_mul_([h.weight for h in holdings], decay)
         if state is not self.state:

@@ -165,6 +165,25 @@ def check(config: Config, n_procs: int) -> list[Problem | str]:
         "Use optim.rule=gradnormlorp, or leave it out",
     )
     cut = engine.kind == "zero" or (engine.kind == "fsdp" and n_procs > engine.replicas)
+    adafactor = optim.base == "adafactor"
+    refuse(
+        adafactor and optim.rule != "galore",
+        "optim.base",
+        f"optim.rule={optim.rule} runs on adamw only",
+        "Use optim.rule=galore, or optim.base=adamw",
+    )
+    refuse(
+        adafactor and cut,
+        "optim.base",
+        f"adafactor needs whole matrices, which engine.kind={engine.kind} cuts",
+        "Use optim.base=adamw, or engine.kind=ddp",
+    )
+    refuse(
+        adafactor and optim.moments_at_refresh != "keep",
+        "optim.moments_at_refresh",
+        "the moments of optim.base=adafactor are kept",
+        "Use keep",
+    )
     refuse(
         optim.mode == "lowrank_wn" and cut,
         "optim.mode",

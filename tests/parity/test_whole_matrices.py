@@ -3,7 +3,10 @@
 import pytest
 from tiny import launch
 
-CASES = {"lowrank_wn": {"optim__rule": "gradnormlorp", "optim__mode": "lowrank_wn"}}
+CASES = {
+    "lowrank_wn": {"optim__rule": "gradnormlorp", "optim__mode": "lowrank_wn"},
+    "adafactor": {"optim__rule": "galore", "optim__base": "adafactor"},
+}
 
 
 def test_losses_do_not_depend_on_the_number_of_processes(bench):
