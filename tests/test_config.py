@@ -283,6 +283,7 @@ def test_defaults_and_valid_combinations_have_no_problems():
         ({"optim": {"rule": "gradnormlorp", "mode": "lowrank_wn"}, "engine": {"kind": "ddp"}}, 2),
         ({"optim": {"rule": "gradnormlorp", "mode": "lowrank_wn"}, "engine": {"kind": "fsdp"}}, 1),
         ({"optim": {"rule": "galore", "base": "adafactor"}, "engine": {"kind": "ddp"}}, 2),
+        ({"optim": {"rule": "gradnormlorp", "mode": "dora"}, "model": {"init_from": "folder"}}, 1),
         ({"optim": {"betas": [0, 0.5], "weight_decay": 0, "lr_regular": 1e-9}}, 1),
     ):
         assert check(from_dict(values), n_procs) == [], values
@@ -304,6 +305,8 @@ OUT_OF_RANGE = {
     "optim.attn_rank": [0],
     "optim.mlp_rank": [-1],
     "optim.refresh_every": [0],
+    "optim.adapter_rank": [0],
+    "optim.adapter_alpha": [0.0],
     "train.micro_batch": [0],
     "train.log_every": [0],
     "train.eval_tokens": [0],
@@ -391,6 +394,12 @@ TOGETHER = {
         {"optim": {"base": "adafactor"}, "engine": {"kind": "zero"}},
         1,
         ["optim.base"],
+    ),
+    "adapters of no weights": ({"optim": {"rule": "gradnormlorp", "mode": "dora"}}, 1, ["model.init_from"]),
+    "factors of dense weights": (
+        {"optim": {"rule": "loro"}, "model": {"init_from": "folder"}},
+        1,
+        ["model.init_from"],
     ),
     "a mask of padded rows": ({"data": {"document_mask": True}}, 1, ["data.document_mask"]),
     "files without a path": ({"data": {"source": "files", "tokenizer": "a"}}, 1, ["data.path"]),

@@ -27,6 +27,9 @@ Mode `lowrank_wn` is the authors' `LowRankWeightNormAdamW`, step for step. It ke
 No change of a magnitude outlives its step. Every parameter is trained so: matrices without a rank take
 Adam's direction for G itself, and a vector is one row. Differs from the authors' code in: a row (or vector)
 is trained without normalisation as long as it is zero, where theirs becomes NaN; W is written in place.
+
+Mode `dora` is GaLore as it stands, for the adapters of the layers of model/dora.py, which are the paper's
+W = M (W0 + B A) / ‖W0 + B A‖ with B A in the place of its I J.
 """
 
 from __future__ import annotations
@@ -138,7 +141,7 @@ def _along(W: Matrices) -> int:
     return 0 if W.transposed else 1
 
 
-RULES = {"weightnorm": WeightNorm, "lowrank_wn": LowRankWN}
+RULES = {"weightnorm": WeightNorm, "lowrank_wn": LowRankWN, "dora": GaLore}
 
 
 class GradNormLoRPAdamW(ShardedOptimizer):
@@ -150,6 +153,8 @@ class GradNormLoRPAdamW(ShardedOptimizer):
                  from: the magnitudes are theirs.
     lowrank_wn   the authors' `LowRankWeightNormAdamW`, which keeps a copy of all weights, and normalises
                  those of groups without a `rank` too; matrices and vectors, whole (one process, DDP).
+    dora         plain GaLore: give it the lora_A and lora_B of model.dora's layers with a `rank`, and their
+                 magnitudes without one.
 
     Supported: plain tensors and DTensors with one sharded dimension, float32 and float64; bfloat16 weights
     are rounded three times a step. Raises ConfigError for an unknown or impossible option.

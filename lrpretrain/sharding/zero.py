@@ -53,6 +53,7 @@ class Shard(Tensor):
         own = ranges[dist.get_rank(group)]
         span = slice(begin, begin + own[1] - own[0])
         shard = flat.detach()[span].as_subclass(cls)
+        shard.requires_grad_(flat.requires_grad)
         shard.whole, shard.ranges, shard.group = whole, ranges, group
         shard.flat, shard.span, shard.even = flat, span, even
         return shard
