@@ -21,6 +21,7 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 SMALLEST = 1e-12  # norm of a row: one of zeros, whose magnitude is 0, stays as it is
 
@@ -33,7 +34,8 @@ class DoRALinear(nn.Module):
 
     def __init__(self, linear: nn.Linear, rank: int, alpha: float):
         super().__init__()
-        self.scale = alpha / rank
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.rank, self.scale = rank, alpha / rank
         self.weight, self.bias = linear.requires_grad_(False).weight, linear.bias
         self.magnitude = nn.Parameter(self.weight.new_empty(linear.out_features))
         self.lora_A = nn.Parameter(self.weight.new_empty(rank, linear.in_features))
@@ -45,7 +47,9 @@ class DoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x Wᵀ (+ bias), (…, m) for x (…, n)."""
-        y = x @ self.weight.T + self.scale * (x @ self.lora_A.T @ self.lora_B.T)
+        # Under ZeRO-3 x @ W.T would keep the gathered weight until the backward pass, which takes the norm
+        # first: what is formed last.
+        y = F.linear(x, self.weight) + self.scale * F.linear(F.linear(x, self.lora_A), self.lora_B)
         y = y * (self.magnitude / self.norm()).to(y.dtype)
         return y if self.bias is None else y + self.bias
 
@@ -53,7 +57,7 @@ class DoRALinear(nn.Module):
         """Return ‖W0 + s B A‖ of every row (m), in float32 or better."""
         W, A, B, s = self.weight, self.lora_A, self.lora_B, self.scale
         norm = row_norms(W)
-        cross = ((W @ A.T).to(norm.dtype) * B).sum(1)
+        cross = (F.linear(W, A).to(norm.dtype) * B).sum(1)
         square = ((B @ (A @ A.T)).to(norm.dtype) * B).sum(1)
         return (norm.square() + 2 * s * cross + s**2 * square).clamp_min(SMALLEST**2).sqrt()
 
@@ -63,8 +67,8 @@ class DoRALinear(nn.Module):
         return W * (self.magnitude / self.norm()).to(W.dtype)[:, None]
 
     def extra_repr(self) -> str:
-        rank, n = self.lora_A.shape
-        return f"in_features={n}, out_features={len(self.magnitude)}, rank={rank}, scale={self.scale:g}"
+        sizes = f"in_features={self.in_features}, out_features={self.out_features}"
+        return f"{sizes}, rank={self.rank}, scale={self.scale:g}"
 
 
 def row_norms(W: Tensor) -> Tensor:

@@ -2,8 +2,12 @@
 
 import pytest
 import torch
+from matrix import MODEL, configure, difference, train
+from spawn import spawn
 from tiny import TINY, finish, launch
 from transformers import LlamaConfig, LlamaForCausalLM
+
+from lrpretrain.sharding.procs import Procs
 
 DORA = dict(optim__rule="gradnormlorp", optim__mode="dora", optim__adapter_rank=6, optim__lr=0.03)
 
@@ -26,13 +30,47 @@ def test_dora_trains_and_resumes_on_any_layout(bench, folder):
         "dora-fsdp": line("dora-fsdp", "fsdp", train__save_every=10),
         "dora-rows": line("dora-rows", "fsdp", engine__shard_columns="false"),
         "dora-ddp": line("dora-ddp", "ddp"),
+        "dora-zero": line("dora-zero", "zero", engine__ds_config="zero3", train__save_every=10),
     }
-    assert launch(2, list(runs.values())) == [0] * 3
+    assert launch(2, list(runs.values())) == [0] * 4
     for run in runs:
         assert bench.losses(run) == pytest.approx(reference, rel=1e-5), run
     bench.forget_after("dora-fsdp", 20)
-    assert launch(1, [line("dora-fsdp", "local")]) == [0]
-    assert bench.losses("dora-fsdp") == pytest.approx(reference, rel=1e-5)
+    bench.forget_after("dora-zero", 20)
+    assert launch(1, [line("dora-fsdp", "local"), line("dora-zero", "zero", engine__ds_config="zero2")]) == [
+        0,
+        0,
+    ]
+    for run in ("dora-fsdp", "dora-zero"):
+        assert bench.losses(run) == pytest.approx(reference, rel=1e-5)
+
+
+def compare_with_one_process(folder, layouts):
+    """Train DoRA layers; return by layout how losses and weights differ, what was kept, and what learned."""
+    procs = Procs.of_default_group()
+    dora = {"mode": "dora", "adapter_rank": 6, "weight_decay": 0.1}
+    hf = {"model": {"config": str(folder / "hf" / "config.json"), "init_from": str(folder / "hf")}}
+    theirs = LlamaForCausalLM.from_pretrained(folder / "hf").state_dict()
+    alone = train(configure(folder, "gradnormlorp", "local", 3, 1, dora, **hf), Procs())
+    results = {}
+    for layout in layouts:
+        config = configure(folder, "gradnormlorp", layout, 3, procs.n_procs, dora, **hf)
+        ours = train(config, procs)
+        kept = all(torch.equal(ours[2][name], weight) for name, weight in theirs.items())
+        results[layout] = *difference(ours, alone), kept, abs(ours[0][-1] - ours[0][0])
+    return results
+
+
+@pytest.mark.parametrize(
+    ("n_procs", "layouts"), [(2, ["zero2", "zero3"]), (3, ["zero1", "zero3-persistent"])]
+)
+def test_dora_is_the_same_under_zero(tmp_path, n_procs, layouts):
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(**MODEL)).save_pretrained(tmp_path / "hf")
+    for results in spawn(compare_with_one_process, n_procs, tmp_path, layouts):
+        assert list(results) == layouts
+        for layout, (losses, weights, kept, learned) in results.items():
+            assert losses < 1e-5 and weights < 1e-5 and kept and learned > 1e-3, (layout, results[layout])
 
 
 def test_a_rule_starts_from_the_files(bench, folder):
