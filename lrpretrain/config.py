@@ -25,6 +25,8 @@ class ModelConfig:
 
     config: str = "llama_60m"
     """A shipped model config (llama_60m) or the path of a Hugging Face config.json."""
+    init_from: str | None = None
+    """A Hugging Face folder with model*.safetensors of that model, to start from. Default: random weights."""
 
 
 @dataclass
@@ -70,6 +72,9 @@ class OptimConfig:
 
     rule: Literal["adamw", "galore", "gradnormlorp", "loro"] = "galore"
     """The update rule of the matched matrices; everything else is trained with AdamW."""
+    base: Literal["adamw", "adafactor"] = "adamw"
+    """galore: what runs in the subspace, and on all other parameters. adafactor (one process or ddp) keeps
+    the second moment as a row and a column and no first; optim.betas and optim.eps are those of adamw."""
     lr: float = 0.01
     """Peak learning rate."""
     lr_regular: float | None = None
@@ -86,6 +91,14 @@ class OptimConfig:
     """Rank in the attention. Default: optim.rank."""
     mlp_rank: int | None = None
     """Rank in the MLP. Default: optim.rank."""
+    mode: Literal["weightnorm", "lowrank_wn", "dora"] = "weightnorm"
+    """gradnormlorp: weightnorm (learned magnitudes that persist), lowrank_wn (the authors' optimizer, which
+    overwrites magnitudes at each step and keeps a copy of all weights; one process or ddp) or dora (the
+    paper's W = M (W0 + BA) / ‖W0 + BA‖, with W0 and all other layers frozen as model.init_from has them)."""
+    adapter_rank: int = 8
+    """dora: rank of B and A. Their gradients are projected to optim.rank."""
+    adapter_alpha: float = 16.0
+    """dora: BA counts adapter_alpha / adapter_rank times."""
     scale: float = 0.25
     """galore, gradnormlorp: factor of the projected update (the authors' galore_scale)."""
     refresh_every: int = 200

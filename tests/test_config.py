@@ -280,6 +280,10 @@ def test_defaults_and_valid_combinations_have_no_problems():
         ({"train": {"schedule": "cosine_restart", "restart_every": 1}}, 1),
         ({"train": {"decay_steps": 0, "restart_every": 0}}, 1),  # of other schedules
         ({"train": {"eval_every": 0, "save_every": 0, "keep_checkpoints": 0, "warmup_steps": 0}}, 1),
+        ({"optim": {"rule": "gradnormlorp", "mode": "lowrank_wn"}, "engine": {"kind": "ddp"}}, 2),
+        ({"optim": {"rule": "gradnormlorp", "mode": "lowrank_wn"}, "engine": {"kind": "fsdp"}}, 1),
+        ({"optim": {"rule": "galore", "base": "adafactor"}, "engine": {"kind": "ddp"}}, 2),
+        ({"optim": {"rule": "gradnormlorp", "mode": "dora"}, "model": {"init_from": "folder"}}, 1),
         ({"optim": {"betas": [0, 0.5], "weight_decay": 0, "lr_regular": 1e-9}}, 1),
     ):
         assert check(from_dict(values), n_procs) == [], values
@@ -301,6 +305,8 @@ OUT_OF_RANGE = {
     "optim.attn_rank": [0],
     "optim.mlp_rank": [-1],
     "optim.refresh_every": [0],
+    "optim.adapter_rank": [0],
+    "optim.adapter_alpha": [0.0],
     "train.micro_batch": [0],
     "train.log_every": [0],
     "train.eval_tokens": [0],
@@ -366,6 +372,34 @@ TOGETHER = {
         {"engine": {"kind": "fsdp", "ds_config": "zero2"}},
         2,
         ["engine.ds_config"],
+    ),
+    "a mode of another rule": ({"optim": {"rule": "galore", "mode": "lowrank_wn"}}, 1, ["optim.mode"]),
+    "a mode for whole matrices, cut": (
+        {"optim": {"rule": "gradnormlorp", "mode": "lowrank_wn"}, "engine": {"kind": "fsdp"}},
+        2,
+        ["optim.mode"],
+    ),
+    "a mode for whole matrices, in flat buffers": (
+        {"optim": {"rule": "gradnormlorp", "mode": "lowrank_wn"}, "engine": {"kind": "zero"}},
+        1,
+        ["optim.mode"],
+    ),
+    "adafactor under another rule": ({"optim": {"rule": "loro", "base": "adafactor"}}, 1, ["optim.base"]),
+    "adafactor in pieces, and with rotated moments": (
+        {"optim": {"base": "adafactor", "moments_at_refresh": "rotate"}, "engine": {"kind": "fsdp"}},
+        2,
+        ["optim.base", "optim.moments_at_refresh"],
+    ),
+    "adafactor in flat buffers": (
+        {"optim": {"base": "adafactor"}, "engine": {"kind": "zero"}},
+        1,
+        ["optim.base"],
+    ),
+    "adapters of no weights": ({"optim": {"rule": "gradnormlorp", "mode": "dora"}}, 1, ["model.init_from"]),
+    "factors of dense weights": (
+        {"optim": {"rule": "loro"}, "model": {"init_from": "folder"}},
+        1,
+        ["model.init_from"],
     ),
     "a mask of padded rows": ({"data": {"document_mask": True}}, 1, ["data.document_mask"]),
     "files without a path": ({"data": {"source": "files", "tokenizer": "a"}}, 1, ["data.path"]),

@@ -12,6 +12,7 @@ import tiny
 from hub_server import FakeHub
 from tiny import finish, kill_at, launch
 
+from lrpretrain.artifacts import checkpoint
 from lrpretrain.pretrain import main
 
 SEED = 20261122
@@ -337,6 +338,27 @@ def test_a_checkpoint_of_elsewhere_starts_another_run(bench, uninterrupted):
     assert launch(1, [argv]) == [0]
     after = [e for e in uninterrupted if e["step"] > 49]
     assert measured(bench.metrics("branch")) == measured(after)
+
+
+def test_a_resume_asks_for_the_same_variant_of_the_rule_where_the_checkpoint_knows_it(
+    bench, capfd, monkeypatch, uninterrupted
+):
+    path = bench.folder / "uninterrupted" / "checkpoints" / "step_00000060"
+    options = dict(run__resume=path, train__steps=61)
+    other = dict(optim__base="adafactor", optim__adapter_rank=4, optim__adapter_alpha=8)
+    words = ["optim.base", "'adamw'", "optim.adapter_rank", "optim.adapter_alpha", "16.0"]
+    fails(capfd, bench.options("other", **options, **other), 2, *words)
+    options |= dict(optim__rule="gradnormlorp", optim__mode="lowrank_wn")
+    fails(capfd, bench.options("other", **options), 2, "optim.rule", "optim.mode", "'weightnorm'")
+
+    def read_older(path, read=checkpoint.read_run):
+        run = read(path)
+        for name in ("base", "mode", "adapter_rank", "adapter_alpha"):
+            del run["config"]["optim"][name]
+        return run
+
+    monkeypatch.setattr(checkpoint, "read_run", read_older)
+    assert launch_one(bench.options("older", run__resume=path, train__steps=61)) == 0
 
 
 def test_a_gradient_that_is_not_finite_stops_before_anything_is_touched(bench, capfd):

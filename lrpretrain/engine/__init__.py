@@ -42,7 +42,8 @@ def build_engine(
     engine.lay_out()
     engine.holdings = engine.hold()
     std = model.config.initializer_range
-    llama.initialize(engine.holdings, config.train.seed, std, config.optim.init)
+    init_from = config.model.init_from
+    llama.initialize(engine.holdings, config.train.seed, std, config.optim.init, init_from)
     engine.publish()
     if isinstance(engine, DDP):
         engine.wrap()

@@ -70,7 +70,8 @@ class Zero(Engine):
         # in it pair by pair.
         groups: dict[bool, list[nn.Parameter]] = {False: [], True: []}
         for name, param in self.model.named_parameters():
-            groups[name in self.projected].append(param)
+            if param.requires_grad:
+                groups[name in self.projected].append(param)
         self.client = Client([{"params": params} for params in groups.values() if params])
         with contextlib.redirect_stdout(io.StringIO()):  # it prints its use of memory, whatever one asks for
             self.forward, *_ = deepspeed.initialize(
@@ -83,7 +84,7 @@ class Zero(Engine):
         return self.forward
 
     def hold(self) -> list[Holding]:
-        """Return this process's ranges of the float32 masters."""
+        """Return this process's ranges of the float32 masters, and of what is not trained."""
         shards = dict(zero.shards(self.deepspeed.optimizer))
         for shard in shards.values():
             self.client.shards.setdefault(id(shard.flat), []).append(shard)
@@ -92,7 +93,10 @@ class Zero(Engine):
             if name.endswith("weight_in") and shards[param].flat is not shards[self._param(twin)].flat:
                 reason = f"{name} and {twin} lie in different sub-groups, and LORO needs them together"
                 raise ConfigError([f"{reason}. Raise zero_optimization.sub_group_size."])
-        return [hold(name, shards[param]) for name, param in self.model.named_parameters()]
+        own = (
+            (n, shards[p] if p.requires_grad else zero.frozen(p)) for n, p in self.model.named_parameters()
+        )
+        return [hold(name, part) for name, part in own]
 
     def publish(self) -> None:
         """Copy the masters into the network's own parameters."""

@@ -19,7 +19,9 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from lrpretrain.config import Config, ModelConfig, find_shipped, shipped_names
 from lrpretrain.errors import ConfigError, Problem
+from lrpretrain.model.dora import adapt, initial_A_std, row_norms
 from lrpretrain.model.lowrank import FACTORS, factorize, initial_factor
+from lrpretrain.model.pretrained import Pretrained
 from lrpretrain.optim.groups import matched
 from lrpretrain.sharding import Holding, Tile
 
@@ -73,10 +75,13 @@ def build(config: LlamaConfig, dtype: torch.dtype = torch.float32) -> LlamaForCa
 
 
 def configured(config: Config, dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
-    """Return the model of a run on the meta device: with low-rank layers where its rule wants them."""
+    """Return the model of a run on the meta device: with low-rank or DoRA layers if its rule wants them."""
     model = build(load_config(config.model), dtype)
     if config.optim.rule == "loro":
         factorize(model, matched(shapes(model), config.optim), config.optim.init)
+    if config.optim.mode == "dora":
+        names = matched(shapes(model), config.optim)
+        adapt(model, names, config.optim.adapter_rank, config.optim.adapter_alpha)
     return model
 
 
@@ -96,19 +101,45 @@ def materialize(
 
 
 @torch.no_grad()
-def initialize(holdings: Iterable[Holding], seed: int, std: float, init: str = "xavier") -> None:
-    """Fill this process's tiles: normal(0, std) for matrices, `init` for low-rank factors, 1 for norms."""
+def initialize(
+    holdings: Iterable[Holding],
+    seed: int,
+    std: float,
+    init: str = "xavier",
+    init_from: str | None = None,
+) -> None:
+    """Fill this process's tiles: normal(0, std) for matrices, `init` for low-rank factors, 1 for norms.
+
+    With `init_from`, a Hugging Face folder, weights are read from there, and DoRA layers start as them.
+    """
+    files = None if init_from is None else Pretrained(init_from)
     for holding in holdings:
-        if len(holding.shape) == 1:
-            holding.weight.fill_(1)
-        elif holding.name.endswith(FACTORS):
-            whole = initial_tile(holding.name, holding.shape, Tile.whole(holding.shape), seed)
-            factor = initial_factor(whole, init, std)  # `orth` has no tiles: drawn whole, one at a time
-            for tile, part in holding.piece.parts:
-                part.copy_(factor[tile.span(0), tile.span(1)])
-        else:
-            for tile, part in holding.piece.parts:
-                part.copy_(initial_tile(holding.name, holding.shape, tile, seed).mul_(std))
+        values = _initial(holding, seed, std, init, files)
+        for tile, part in holding.piece.parts:
+            part.copy_(values(tile))
+
+
+def _initial(
+    h: Holding, seed: int, std: float, init: str, files: Pretrained | None
+) -> Callable[[Tile], Tensor]:
+    """Return the function from a tile of a parameter to its initial values."""
+    layer, _, kind = h.name.rpartition(".")
+    if kind == "lora_B":
+        return lambda tile: torch.zeros(tile.sizes)
+    if kind == "lora_A":
+        return lambda tile: initial_tile(h.name, h.shape, tile, seed).mul_(initial_A_std(h.shape[1]))
+    if kind == "magnitude":
+        assert files is not None  # optim.mode=dora needs model.init_from
+        return lambda tile: row_norms(files.read(f"{layer}.weight", tile.span(0)).to(h.param.dtype))
+    if files is not None:
+        return lambda tile: files.read(h.name, *(tile.span(dim) for dim in range(len(h.shape))))
+    if len(h.shape) == 1:
+        return lambda tile: torch.ones(tile.sizes)
+    if kind in FACTORS:
+        whole = initial_tile(h.name, h.shape, Tile.whole(h.shape), seed)
+        factor = initial_factor(whole, init, std)  # `orth` has no tiles: drawn whole, one at a time
+        return lambda tile: factor[tile.span(0), tile.span(1)]
+    return lambda tile: initial_tile(h.name, h.shape, tile, seed).mul_(std)
 
 
 def initial_tile(name: str, shape: tuple[int, ...], tile: Tile, seed: int) -> Tensor:

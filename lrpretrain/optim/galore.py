@@ -61,6 +61,8 @@ class GaLore:
     """The rule; one object serves all batches of matrices of an optimizer."""
 
     reads_weights = False
+    whole_only = False
+    decays = False
 
     def __init__(self) -> None:
         self.refreshes: list[Refresh] = []
@@ -86,16 +88,19 @@ class GaLore:
             "side": Slot.whole(torch.full((len(W),), SIDES[side])),
             "age": Slot.whole(torch.zeros(len(W), dtype=torch.int64)),
         }
-        for key in ("exp_avg", "exp_avg_sq"):
-            small = side == "full"
-            state[key] = (
-                Slot.whole(basis.new_zeros(len(W), r, r)) if small else Slot(W.zeros(0, r), *W.lying(0, r))
-            )
+        state |= self.moments(W, hp)
         if side == "full":
             state["basis_left"] = Slot.whole(basis.new_zeros(len(W), m, r))
         if side == "full" or hp["subspace"] != "random":
             state["basis"] = Slot.whole(basis)
         return state
+
+    def moments(self, W: Matrices, hp: Group) -> dict[str, Slot]:
+        """Return the initial moments of the projected gradients, (b, m', r) or with `full` (b, r, r)."""
+        keys, r = ("exp_avg", "exp_avg_sq"), hp["rank"]
+        if hp["proj_type"] == "full":
+            return {k: Slot.whole(torch.zeros(len(W), r, r, dtype=W.dtype, device=W.device)) for k in keys}
+        return {k: Slot(W.zeros(0, r), *W.lying(0, r)) for k in keys}
 
     def update(self, W: Matrices, G: Matrices, s: dict[str, Tensor], hp: Group) -> None:
         """Update a batch of matrices and its state in place. All processes that hold a tile must call it."""
@@ -108,10 +113,17 @@ class GaLore:
         if "basis_left" in s:
             A = G.rows(s["basis_left"])  # (b, m', r)
             R = G.inner(A, R)  # (b, r, r)
-        (N,) = adam_direction([R], [s["exp_avg"]], [s["exp_avg_sq"]], hp)
+        N, etas = self.direction(R, W, s, hp)
         if "basis_left" in s:
             N = A @ N  # (b, m', r)
-        W.add_lowrank(N, P, [-eta * hp["scale"] for eta in step_sizes(s["age"].tolist(), hp)])
+        W.add_lowrank(N, P, [-eta * hp["scale"] for eta in etas])
+
+    def direction(
+        self, R: Tensor, W: Matrices, s: dict[str, Tensor], hp: Group
+    ) -> tuple[Tensor, list[float]]:
+        """Update the moments with R; return N, shaped as R, and η_t of every matrix."""
+        (N,) = adam_direction([R], [s["exp_avg"]], [s["exp_avg_sq"]], hp)
+        return N, step_sizes(s["age"].tolist(), hp)
 
     def _due(self, s: dict[str, Tensor], hp: Group) -> list[list[int]]:
         """Return which matrices need a new basis in this update: those without one, and those with one."""

@@ -17,23 +17,39 @@ Differs from the authors' code, of which the README's `weight_norm_galore_adamw`
 `LowRankWeightNormAdamW` overwrites the magnitude at each step and drops the tangential part, in: the
 magnitude is persistent, the gradients are those of the paper's source, zero rows do not become NaN. Vectors
 (norms, biases) and unprojected matrices are plain AdamW.
+
+Mode `lowrank_wn` is the authors' `LowRankWeightNormAdamW`, step for step. It keeps v (m, n), a copy of W:
+
+    R = G P,  N Adam's direction for R      v' = v − η_t α N Pᵀ
+    n Adam's direction for ⟨G, v⟩ / ‖v‖     W ← (‖v‖ − η_t n) v' / ‖v'‖,   then   W ← W − lr λ W
+                                            v ← v' − lr λ v'
+
+No change of a magnitude outlives its step. Every parameter is trained so: matrices without a rank take
+Adam's direction for G itself, and a vector is one row. Differs from the authors' code in: a row (or vector)
+is trained without normalisation as long as it is zero, where theirs becomes NaN; W is written in place.
+
+Mode `dora` is GaLore as it stands, for the adapters of the layers of model/dora.py, which are the paper's
+W = M (W0 + B A) / ‖W0 + B A‖ with B A in the place of its I J.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lrpretrain.errors import ConfigError
-from lrpretrain.optim.adamw import Group, adam_direction, step_sizes
+from lrpretrain.optim.adamw import Group, adam_direction, adamw, step_sizes
 from lrpretrain.optim.galore import GaLore, projection_defaults
 from lrpretrain.optim.optimizer import ShardedOptimizer
 from lrpretrain.optim.rule import Slot
+from lrpretrain.sharding import Holding, Piece, hold
 from lrpretrain.sharding.algebra import Matrices
 
+MOMENTS = ("exp_avg", "exp_avg_sq")
 SMALLEST = 1e-18  # of a magnitude: W keeps a direction only as long as it is not zero
 
 
@@ -47,7 +63,7 @@ class WeightNorm(GaLore):
         dim = _along(W)
         norm = W.dot(W, dim).sqrt()
         vectors = {"magnitude": norm, "norm": norm.clone()}
-        vectors |= {f"magnitude_{key}": torch.zeros_like(norm) for key in ("exp_avg", "exp_avg_sq")}
+        vectors |= {f"magnitude_{key}": torch.zeros_like(norm) for key in MOMENTS}
         return super().state(W, hp) | {key: Slot(v, *W.lying(1 - dim)) for key, v in vectors.items()}
 
     def update(self, W: Matrices, G: Matrices, s: dict[str, Tensor], hp: Group) -> None:
@@ -84,16 +100,61 @@ class WeightNorm(GaLore):
         g *= 1 - hp["lr"] * hp["weight_decay"]
 
 
+class LowRankWN(GaLore):
+    """The rule in its mode `lowrank_wn`."""
+
+    reads_weights = True
+    whole_only = True
+
+    def state(self, W: Matrices, hp: Group) -> dict[str, Slot]:
+        """Return GaLore's state, v and the magnitude's moments."""
+        zeros = torch.zeros_like(W.dot(W, _along(W)))  # (b, m)
+        moments = {f"magnitude_{key}": Slot.whole(zeros.clone()) for key in MOMENTS}
+        return super().state(W, hp) | moments | {"v": Slot.whole(torch.stack(W.locals))}
+
+    def update(self, W: Matrices, G: Matrices, s: dict[str, Tensor], hp: Group) -> None:
+        """Update a batch of whole matrices and its state in place. No communication."""
+        v = Matrices(W.holdings, list(s["v"]), W.transposed)
+        renormalised(W, v, G, s, hp, partial(super().update, v, G, s, hp))
+        s["v"] *= 1 - hp["lr"] * hp["weight_decay"]
+
+
+def renormalised(
+    W: Matrices, v: Matrices, G: Matrices, s: dict[str, Tensor], hp: Group, move: Callable[[], None]
+) -> None:
+    """Take v to v' by `move`, which counts `step`, and W to (‖v‖ − η_t n) v' / ‖v'‖."""
+    dim = _along(W)
+    norm = v.dot(v, dim).sqrt()  # (b, m)
+    grad_g = torch.where(norm > 0, G.dot(v, dim) / norm, 0)
+    move()
+    moved = v.dot(v, dim).sqrt()
+    exp_avg, exp_avg_sq = (s[f"magnitude_{key}"] for key in MOMENTS)
+    (n,) = adam_direction([grad_g], [exp_avg], [exp_avg_sq], hp)
+    etas = torch.tensor(step_sizes(s["step"].tolist(), hp), dtype=norm.dtype, device=norm.device)
+    stretch = (norm - etas[:, None] * n) / moved
+    torch._foreach_copy_(W.locals, v.locals)
+    W.stretch(torch.where((norm > 0) & (moved > 0), stretch, 1), dim)
+
+
 def _along(W: Matrices) -> int:
     """Return the dimension along which an output unit lies: its row, a column where W stands transposed."""
     return 0 if W.transposed else 1
 
 
+RULES = {"weightnorm": WeightNorm, "lowrank_wn": LowRankWN, "dora": GaLore}
+
+
 class GradNormLoRPAdamW(ShardedOptimizer):
     """GradNormLoRP with AdamW: GaLore on the directions of the output units, and learned magnitudes.
 
-    Takes the param groups and options of `GaLoreAdamW` but for `proj_type` full; groups without a `rank` are
-    plain AdamW. Build it on the weights that training starts from: the magnitudes are theirs.
+    Takes the param groups and options of `GaLoreAdamW`; groups without a `rank` are plain AdamW. `mode`:
+
+    weightnorm   magnitudes persist; not with `proj_type` full. Build it on the weights that training starts
+                 from: the magnitudes are theirs.
+    lowrank_wn   the authors' `LowRankWeightNormAdamW`, which keeps a copy of all weights, and normalises
+                 those of groups without a `rank` too; matrices and vectors, whole (one process, DDP).
+    dora         plain GaLore: give it the lora_A and lora_B of model.dora's layers with a `rank`, and their
+                 magnitudes without one.
 
     Supported: plain tensors and DTensors with one sharded dimension, float32 and float64; bfloat16 weights
     are rounded three times a step. Raises ConfigError for an unknown or impossible option.
@@ -107,18 +168,50 @@ class GradNormLoRPAdamW(ShardedOptimizer):
         eps: float = 1e-6,
         weight_decay: float = 0.0,
         correct_bias: bool = True,
+        no_deprecation_warning: bool = True,
         *,
         mode: str = "weightnorm",
         subspace: str = "svd",
         check_finite: bool = True,
     ):
-        if mode != "weightnorm":
-            raise ConfigError([f"mode={mode!r}: must be weightnorm, the only mode there is so far."])
+        del no_deprecation_warning  # accepted for callers of the authors' classes
+        if mode not in RULES:
+            raise ConfigError([f"mode={mode!r}: must be one of {', '.join(RULES)}."])
+        self.mode = mode
         defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, correct_bias=correct_bias)
-        super().__init__(params, defaults | projection_defaults(subspace), WeightNorm(), check_finite)
+        super().__init__(params, defaults | projection_defaults(subspace), RULES[mode](), check_finite)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a param group and create its state. Raises ConfigError for the side `full`."""
-        if param_group.get("proj_type") == "full":
+        """Add a param group and create its state. Raises ConfigError for what the mode cannot do."""
+        if self.mode == "weightnorm" and param_group.get("proj_type") == "full":
             raise ConfigError(["proj_type='full': is not defined for weight-normalised directions. Use std."])
         super().add_param_group(param_group)
+
+    def _add_regular(self, group: dict[str, Any], holdings: list[Holding]) -> None:
+        super()._add_regular(group, holdings)
+        for h in holdings if self.mode == "lowrank_wn" else ():
+            if len(h.shape) not in (1, 2):
+                reason = f"mode='lowrank_wn' takes matrices and vectors only, not {h.name} {h.shape}"
+                raise ConfigError([f"{reason}. Leave it out, or use mode='weightnorm'."])
+            W = _rows(h.weight)
+            zeros = torch.zeros_like(W.dot(W, 1)[0])  # (m)
+            pieces = {f"magnitude_{key}": Piece.whole(zeros.clone()) for key in MOMENTS}
+            pieces["v"] = h.of(h.weight.clone())
+            self._pieces[h.name] |= pieces
+            self.state[h.param] |= {key: piece.tensor for key, piece in pieces.items()}
+
+    def _update_regular(self, group: dict[str, Any], ready: list[Holding]) -> None:
+        if self.mode != "lowrank_wn":
+            return super()._update_regular(group, ready)
+        for h in ready:
+            assert h.grad is not None
+            s, undecayed = self.state[h.param], group | {"weight_decay": 0.0}
+            W, v, G = (_rows(tensor) for tensor in (h.weight, s["v"], h.grad))
+            batch = {key: tensor[None] for key, tensor in s.items()}
+            renormalised(W, v, G, batch, group, partial(adamw, [s["v"]], [h.grad], [s], undecayed))
+            torch._foreach_mul_([h.weight, s["v"]], 1 - group["lr"] * group["weight_decay"])
+
+
+def _rows(tensor: Tensor) -> Matrices:
+    """Return a whole matrix as a batch of one; a vector as its one row."""
+    return Matrices.weights([hold("", torch.atleast_2d(tensor))])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lrpretrain.config import OptimConfig
 from lrpretrain.errors import Problem
+from lrpretrain.optim.adafactor import GaLoreAdafactor
 from lrpretrain.optim.galore import GaLoreAdamW, side_of
 from lrpretrain.optim.gradnormlorp import GradNormLoRPAdamW
 from lrpretrain.optim.loro import LOROAdamW
@@ -19,15 +20,25 @@ from lrpretrain.sharding import hold
 PROJECTED = {"galore": GaLoreAdamW, "gradnormlorp": GradNormLoRPAdamW}
 
 
-def matched(shapes: Mapping[str, tuple[int, ...]], optim: OptimConfig) -> dict[str, int]:
-    """Return the rank of every matrix that the rule applies to, by the parameter's name."""
+def matched(
+    shapes: Mapping[str, tuple[int, ...]], optim: OptimConfig, kinds: Sequence[str] = ("weight",)
+) -> dict[str, int]:
+    """Return the rank of every matrix that the rule applies to, by the parameter's name.
+
+    `kinds` are the last parts of the names that count, in the layers of `optim.targets`.
+    """
     ranks = {}
     for name, shape in shapes.items():
         layer, _, kind = name.rpartition(".")
         targeted = any(fnmatchcase(layer, f"*{pattern}") for pattern in optim.targets)
-        if kind == "weight" and len(shape) == 2 and targeted:
+        if kind in kinds and len(shape) == 2 and targeted:
             ranks[name] = getattr(optim, _rank_field(name, optim))
     return ranks
+
+
+def projection_ranks(shapes: Mapping[str, tuple[int, ...]], optim: OptimConfig) -> dict[str, int]:
+    """Return the rank for every matrix that is projected, by name: the matched ones, or their adapters."""
+    return matched(shapes, optim, ("lora_A", "lora_B") if optim.mode == "dora" else ("weight",))
 
 
 def _rank_field(name: str, optim: OptimConfig) -> str:
@@ -47,7 +58,7 @@ def problems(shapes: Mapping[str, tuple[int, ...]], optim: OptimConfig) -> list[
             found.append(Problem("optim.targets", pattern, "matches no matrix of the model", remedy))
     if optim.rule == "adamw":
         return found
-    if optim.rule == "gradnormlorp" and optim.side == "full":
+    if optim.rule == "gradnormlorp" and optim.mode == "weightnorm" and optim.side == "full":
         reason = "is not defined for the weight-normalised directions of gradnormlorp"
         found.append(Problem("optim.side", optim.side, reason, "Use std"))
     if optim.side == "full" and optim.moments_at_refresh == "rotate":
@@ -59,12 +70,19 @@ def problems(shapes: Mapping[str, tuple[int, ...]], optim: OptimConfig) -> list[
     if optim.placement == "aligned" and optim.side == "full":
         reason = "optim.side=full needs whole matrices"
         found.append(Problem("optim.placement", "aligned", reason, "Use auto or owner"))
+    dora, names = optim.mode == "dora", matched(shapes, optim)
+    for field in sorted({_rank_field(name, optim) for name in names}) if dora else ():
+        if getattr(optim, field) > optim.adapter_rank:
+            reason = f"is larger than optim.adapter_rank={optim.adapter_rank}, the rank of what is projected"
+            remedy = "Lower it, or raise optim.adapter_rank"
+            found.append(Problem(f"optim.{field}", getattr(optim, field), reason, remedy))
     too_large: dict[str, list[str]] = {}
-    for name, rank in matched(shapes, optim).items():
-        if rank > min(shapes[name]):
-            too_large.setdefault(_rank_field(name, optim), []).append(name)
-    for field, names in too_large.items():
-        name = min(names, key=lambda n: min(shapes[n]))
+    for name in names:
+        field = "adapter_rank" if dora else _rank_field(name, optim)
+        if getattr(optim, field) > min(shapes[name]):
+            too_large.setdefault(field, []).append(name)
+    for field, members in too_large.items():
+        name = min(members, key=lambda n: min(shapes[n]))
         reason = f"is larger than the smallest matched matrix ({name}: {shapes[name][0]} × {shapes[name][1]})"
         remedy = "Lower it, or exclude the matrix in optim.targets"
         found.append(Problem(f"optim.{field}", getattr(optim, field), reason, remedy))
@@ -75,25 +93,25 @@ def projected(shapes: Mapping[str, tuple[int, ...]], optim: OptimConfig) -> froz
     """Return the parameters that the rule treats as matrices, by name; LORO's factors as well."""
     if optim.rule == "loro":
         return frozenset(name for name in shapes if name.endswith(("weight_in", "weight_out")))
-    return frozenset(matched(shapes, optim) if optim.rule in PROJECTED else ())
+    return frozenset(projection_ranks(shapes, optim) if optim.rule in PROJECTED else ())
 
 
 def projected_on_the_left(shapes: Mapping[str, tuple[int, ...]], optim: OptimConfig) -> frozenset[str]:
     """Return the matrices of which the rule needs whole columns rather than whole rows."""
     if optim.rule not in PROJECTED:
         return frozenset()
-    names = matched(shapes, optim)
+    names = projected(shapes, optim)
     return frozenset(name for name in names if side_of(shapes[name], optim.side) == "left")
 
 
 def build_optimizer(
     params: Iterable[tuple[str, Tensor]], optim: OptimConfig, hidden_size: int
 ) -> ShardedOptimizer:
-    """Return the configured optimizer of named parameters, laid out by an engine already.
+    """Return the configured optimizer of the named parameters that are trained, laid out already.
 
     Every param group carries its peak rate as `peak_lr`. Non-finite gradients are the engine's business.
     """
-    named = dict(params)
+    named = {name: param for name, param in params if param.requires_grad}
     regular_lr = optim.lr if optim.lr_regular is None else optim.lr_regular
     if optim.rule == "loro":
         groups = _factor_groups(named, optim, hidden_size)
@@ -105,21 +123,24 @@ def build_optimizer(
     groups = [group for group in groups if group["params"]]
     common: dict[str, Any] = {
         "lr": optim.lr,
-        "betas": optim.betas,
-        "eps": optim.eps,
         "weight_decay": optim.weight_decay,
         "check_finite": False,
     }
+    if optim.base == "adafactor":  # as the authors' training script sets it
+        return GaLoreAdafactor(groups, **common, scale_parameter=False, relative_step=False)
+    common |= {"betas": optim.betas, "eps": optim.eps}
     if optim.rule == "loro":
         refresh = None if optim.refresh_moments == "none" else optim.refresh_moments
         exact: dict[str, Any] = {"exact_every": optim.exact_every, "exact_steps": optim.refresh}
         return LOROAdamW(groups, **common, **exact, refresh=refresh)
+    if optim.rule == "gradnormlorp":
+        return GradNormLoRPAdamW(groups, **common, mode=optim.mode)
     return PROJECTED.get(optim.rule, AdamW)(groups, **common)
 
 
 def _matrix_groups(named: Mapping[str, Tensor], optim: OptimConfig) -> list[dict[str, Any]]:
     """Return a group for each rank, with the rule's options in the words of its authors."""
-    ranks = matched({name: hold(name, param).shape for name, param in named.items()}, optim)
+    ranks = projection_ranks({name: hold(name, param).shape for name, param in named.items()}, optim)
     groups: list[dict[str, Any]] = []
     for rank in sorted(set(ranks.values())):
         group = {"params": [(n, p) for n, p in named.items() if ranks.get(n) == rank], "peak_lr": optim.lr}

@@ -45,7 +45,7 @@ class Batch:
     owners: list[int] | None = None
 
     def update(self, rule: Rule) -> None:
-        """Apply the rule to the matrices that have a gradient, then weight decay."""
+        """Apply the rule to the matrices that have a gradient, then weight decay if that is not its own."""
         have = [i for i, h in enumerate(self.holdings) if h.param.grad is not None]
         if not have:
             return
@@ -59,7 +59,7 @@ class Batch:
             rule.update(W, G, state, self.group)
         else:
             self._update_at_owners(rule, holdings, [self.owners[i] for i in have], state)
-        if self.group["weight_decay"]:
+        if self.group["weight_decay"] and not rule.decays:
             decay = 1 - self.group["lr"] * self.group["weight_decay"]
             torch._foreach_mul_([h.weight for h in holdings], decay)
         if state is not self.state:
@@ -118,6 +118,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
         start = sum(len(g["params"]) for g in self.param_groups[:-1])
         names = group.get("param_names") or [f"param_{start + i}" for i in range(len(group["params"]))]
         holdings = [hold(name, param) for name, param in zip(names, group["params"], strict=True)]
+        if self.rule is not None and self.rule.whole_only:
+            _require_whole(holdings, type(self.rule).__name__)
         if group.get("rank") is None or self.rule is None:
             self._add_regular(group, holdings)
         else:
@@ -382,6 +384,13 @@ def _grad(holding: Holding) -> Tensor:
     grad = holding.grad
     assert grad is not None
     return grad
+
+
+def _require_whole(holdings: list[Holding], rule: str) -> None:
+    """Raise ConfigError if a parameter is cut among processes, or lies in a flat buffer."""
+    if cut := [h.name for h in holdings if h.group is not None or h.weight.shape != h.shape]:
+        reason = f"{cut[0]} is cut among processes, and {rule} takes whole parameters (one process, or DDP)"
+        raise ConfigError([f"{reason}. Use another rule or mode, or DDP."])
 
 
 def _check(group: dict[str, Any]) -> None:

@@ -47,6 +47,10 @@ class Rule(Protocol):
     refreshes: list[Refresh]
     reads_weights: bool
     """Whether `update` looks at W, rather than only adding to it."""
+    whole_only: bool
+    """Whether the parameters, those of groups without a rank too, must not be cut among processes."""
+    decays: bool
+    """Whether `update` decays W itself; else the optimizer does after it, with the plain rate."""
 
     def transposed(self, shape: tuple[int, ...], hp: Group) -> bool:
         """Say whether matrices of this shape are handled as their transposes."""
@@ -58,7 +62,4 @@ class Rule(Protocol):
         """Return the initial state of a batch, by key."""
 
     def update(self, W: Matrices, G: Matrices, s: dict[str, Tensor], hp: Group) -> None:
-        """Update a batch and its state in place; `s` holds `step` (b,) besides, which the rule advances.
-
-        The decay of the weights comes after it and is not the rule's.
-        """
+        """Update a batch and its state in place; `s` holds `step` (b,) besides, which the rule advances."""

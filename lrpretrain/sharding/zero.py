@@ -4,6 +4,9 @@
                      equal partition for each process: most matrices lie whole on one process
     ZeRO-3           every parameter is cut by itself, into ceil(numel / processes) numbers for each process
 
+What is not trained has no master and lies in no buffer: whole on every process, and under ZeRO-3 cut like
+the others.
+
 Where a parameter lies is read from addresses and positions, not from DeepSpeed's own mapping, which is
 wrong with `round_robin_gradients`. The attributes are those of deepspeed 0.19.
 """
@@ -53,6 +56,7 @@ class Shard(Tensor):
         own = ranges[dist.get_rank(group)]
         span = slice(begin, begin + own[1] - own[0])
         shard = flat.detach()[span].as_subclass(cls)
+        shard.requires_grad_(flat.requires_grad)
         shard.whole, shard.ranges, shard.group = whole, ranges, group
         shard.flat, shard.span, shard.even = flat, span, even
         return shard
@@ -103,9 +107,20 @@ def _stage3(optimizer: Any) -> Iterator[tuple[Tensor, Shard]]:
         for param in params:
             at, begin, part = optimizer.grad_position[optimizer.get_param_id(param)]
             assert at == sub_group
-            cuts = [min(k * part, param.ds_numel) for k in range(dist.get_world_size(group) + 1)]
-            ranges = tuple(itertools.pairwise(cuts))
-            yield param, Shard.of(master, begin, tuple(param.ds_shape), ranges, group, even=True)
+            yield param, _even_shard(param, master, begin, part, group)
+
+
+def frozen(param: Any) -> Any:
+    """Return what this process has of a parameter that is not trained: the network's own numbers."""
+    if not hasattr(param, "ds_tensor"):
+        return param
+    return _even_shard(param, param.ds_tensor, 0, param.ds_tensor.numel(), param.ds_process_group)
+
+
+def _even_shard(param: Any, flat: Tensor, begin: int, part: int, group: dist.ProcessGroup) -> Shard:
+    """Return the shard of a parameter of which every process has `part` numbers, the last ones fewer."""
+    cuts = [min(k * part, param.ds_numel) for k in range(dist.get_world_size(group) + 1)]
+    return Shard.of(flat, begin, tuple(param.ds_shape), tuple(itertools.pairwise(cuts)), group, even=True)
 
 
 @functools.cache

@@ -162,8 +162,12 @@ IDENTITY = (
     "data.sequences",
     "data.seq_len",
     "optim.rule",
+    "optim.base",
+    "optim.mode",
     "optim.side",
     "optim.targets",
+    "optim.adapter_rank",
+    "optim.adapter_alpha",
 )
 
 
@@ -179,7 +183,8 @@ def resume(
     problems = check_tokenizer(path, run, config, tokenizer)
     for key in IDENTITY:
         section, name = key.split(".")
-        then, now = run["config"][section][name], asdict(config)[section][name]
+        now = asdict(config)[section][name]
+        then = run["config"][section].get(name, now)  # older checkpoints know fewer fields
         if then != now:
             remedy = "Go on with that value, or start another run in another run.dir"
             problems.append(Problem(key, now, f"the checkpoint {path} was written with {then!r}", remedy))

@@ -12,6 +12,7 @@ from lrpretrain.engine import ds_config
 from lrpretrain.errors import ConfigError, Problem
 from lrpretrain.model import llama
 from lrpretrain.model.lowrank import initial_factor
+from lrpretrain.model.pretrained import Pretrained
 from lrpretrain.optim import groups
 
 
@@ -29,7 +30,13 @@ def problems(config: Config, n_procs: int) -> list[Problem | str]:
         found.append(
             Problem("data.seq_len", config.data.seq_len, reason, "Lower it, or use another model.config")
         )
-    return found + groups.problems(llama.shapes(llama.build(shape)), config.optim)
+    shapes = llama.shapes(llama.build(shape))
+    if config.model.init_from is not None:
+        try:
+            found += Pretrained(config.model.init_from).problems(shapes)
+        except ConfigError as error:
+            found += error.problems
+    return found + groups.problems(shapes, config.optim)
 
 
 def check(config: Config, n_procs: int) -> list[Problem | str]:
@@ -51,7 +58,7 @@ def check(config: Config, n_procs: int) -> list[Problem | str]:
     whole = "data.seq_len data.lanes data.prefetch data.workers optim.rank optim.refresh_every train.steps"
     for key in [
         *whole.split(),
-        *"train.micro_batch train.global_batch train.log_every train.eval_tokens".split(),
+        *"optim.adapter_rank train.micro_batch train.global_batch train.log_every train.eval_tokens".split(),
     ]:
         section, name = key.split(".")
         refuse(getattr(getattr(config, section), name) < 1, key, "must be at least 1", "Raise it")
@@ -61,7 +68,8 @@ def check(config: Config, n_procs: int) -> list[Problem | str]:
     refuse(restarts, "train.restart_warmup_steps", "must not be negative", "0 turns it off")
     for key, rank in (("optim.attn_rank", optim.attn_rank), ("optim.mlp_rank", optim.mlp_rank)):
         refuse(rank is not None and rank < 1, key, "must be at least 1", "Raise it, or leave it out")
-    for key in "optim.lr optim.lr_regular optim.eps optim.scale engine.timeout_s data.hub_patience_s".split():
+    positive = "optim.lr optim.lr_regular optim.eps optim.scale optim.adapter_alpha engine.timeout_s"
+    for key in [*positive.split(), "data.hub_patience_s"]:
         section, name = key.split(".")
         number = getattr(getattr(config, section), name)
         fits = number is None or (number > 0 and math.isfinite(number))
@@ -159,6 +167,50 @@ def check(config: Config, n_procs: int) -> list[Problem | str]:
         "Use bfloat16 over float32 with engine.kind=fsdp or zero (one process will do), or the same for both",
     )
     refuse(
+        optim.mode != "weightnorm" and optim.rule != "gradnormlorp",
+        "optim.mode",
+        f"optim.rule={optim.rule} has no modes",
+        "Use optim.rule=gradnormlorp, or leave it out",
+    )
+    refuse(
+        optim.mode == "dora" and config.model.init_from is None,
+        "model.init_from",
+        "optim.mode=dora trains adapters of given weights",
+        "Name a Hugging Face folder with model*.safetensors",
+    )
+    refuse(
+        optim.rule == "loro" and config.model.init_from is not None,
+        "model.init_from",
+        "holds dense weights, and optim.rule=loro trains low-rank factors from scratch",
+        "Leave it out, or use another rule",
+    )
+    cut = engine.kind == "zero" or (engine.kind == "fsdp" and n_procs > engine.replicas)
+    adafactor = optim.base == "adafactor"
+    refuse(
+        adafactor and optim.rule != "galore",
+        "optim.base",
+        f"optim.rule={optim.rule} runs on adamw only",
+        "Use optim.rule=galore, or optim.base=adamw",
+    )
+    refuse(
+        adafactor and cut,
+        "optim.base",
+        f"adafactor needs whole matrices, which engine.kind={engine.kind} cuts",
+        "Use optim.base=adamw, or engine.kind=ddp",
+    )
+    refuse(
+        adafactor and optim.moments_at_refresh != "keep",
+        "optim.moments_at_refresh",
+        "the moments of optim.base=adafactor are kept",
+        "Use keep",
+    )
+    refuse(
+        optim.mode == "lowrank_wn" and cut,
+        "optim.mode",
+        f"needs whole matrices, which engine.kind={engine.kind} cuts",
+        "Use optim.mode=weightnorm, or engine.kind=ddp",
+    )
+    refuse(
         data.document_mask and data.sequences == "pad",
         "data.document_mask",
         "rows of pad hold one document",
@@ -200,13 +252,15 @@ def describe(config: Config, n_procs: int) -> str:
         if piece.tensor.is_floating_point():
             state[key] += piece.tensor.numel()
     total = sum(sizes.values())
+    trained = sum(param.numel() for param in model.parameters() if param.requires_grad)
     return "\n".join(
         [
             f"{n_procs} processes × {train.micro_batch} micro-batch × {micros} accumulation"
             f" × {data.seq_len} tokens = {slots * micros * data.seq_len:,} tokens per step",
             f"{train.steps:,} steps × {per_step:,} tokens = {train.steps * per_step:,} tokens"
             + (" (pads included)" if data.sequences == "pad" else ""),
-            f"{len(sizes)} parameters of {total:,} numbers",
+            f"{len(sizes)} parameters of {total:,} numbers"
+            + (f", {trained:,} of them trained" if trained < total else ""),
             f"optimizer state: {' + '.join(f'{key} {count:,}' for key, count in state.items())}"
             f" = {state.total():,} numbers, {state.total() / total:.2f} a parameter",
             *([ds_config.describe(config, n_procs)] if config.engine.kind == "zero" else []),
@@ -217,9 +271,11 @@ def describe(config: Config, n_procs: int) -> str:
 def flops_per_token(config: Config) -> float:
     """Return the FLOPs of forward and backward for one token: 6 per weight, 12 l h s for attention.
 
-    Source: Chowdhery et al., arXiv 2204.02311, appendix B; embeddings are looked up, not multiplied.
+    Source: Chowdhery et al., arXiv 2204.02311, appendix B; embeddings are looked up, not multiplied, and
+    frozen weights, which have no gradient, count 4.
     """
     model = llama.configured(config)
     shape = model.config
-    weights = sum(p.numel() for name, p in model.named_parameters() if "embed_tokens" not in name)
-    return 6.0 * weights + 12.0 * shape.num_hidden_layers * shape.hidden_size * config.data.seq_len
+    multiplied = [p for name, p in model.named_parameters() if "embed_tokens" not in name]
+    weights = sum((6.0 if p.requires_grad else 4.0) * p.numel() for p in multiplied)
+    return weights + 12.0 * shape.num_hidden_layers * shape.hidden_size * config.data.seq_len

@@ -2,95 +2,24 @@
 
 import json
 import math
-import warnings
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from recordings import GOLDEN, assert_followed, replay
 
 from lrpretrain.errors import ConfigError
-from lrpretrain.optim import AdamW, GaLoreAdamW, subspace
+from lrpretrain.optim import AdamW, GaLoreAdamW
 from lrpretrain.optim.galore import side_of
-
-GOLDEN = Path(__file__).parents[1] / "golden"
-
-
-@pytest.fixture
-def recorded_signs(monkeypatch):
-    """Give singular vectors the recorded signs: those are the whim of the CPU that LAPACK ran on.
-
-    Returns a function that takes the recording. The subspace and the order of the vectors stay ours, and
-    must be the recorded ones.
-    """
-
-    def install(z, names):
-        plain = subspace._svd
-
-        def svd(matrix):
-            u, vh = plain(matrix)
-            for n in names:
-                grads = torch.tensor(z[f"{n}/grad"])
-                if grads.shape[1:] != matrix.shape:
-                    continue
-                t = next(t for t in range(len(grads)) if torch.equal(grads[t], matrix))
-                stored = {
-                    k: torch.tensor(z[f"{n}/state/{k}"][t]) for k in KEYS if f"{n}/state/{k}" in z.files
-                }
-                for basis in stored.values():
-                    own = u.T if basis.shape[0] == u.shape[0] and basis.shape[1] != vh.shape[1] else vh
-                    theirs = basis.T if own is not vh else basis
-                    signs = (own[: len(theirs)] * theirs).sum(1)
-                    torch.testing.assert_close(signs.abs(), torch.ones_like(signs), atol=1e-2, rtol=0)
-                    flip = torch.ones(len(vh)).index_copy(0, torch.arange(len(signs)), signs.sign())
-                    u, vh = u * flip, vh * flip[:, None]
-                return u, vh
-            raise AssertionError("a gradient that was not recorded")
-
-        monkeypatch.setattr(subspace, "_svd", svd)
-
-    return install
-
-
-KEYS = ("ortho", "ortho_right")
-
-
-def replay(name, dtype=torch.float32, signs=lambda z, names: None, **kwargs):
-    """Feed the recorded gradients to our class; return (ours, theirs) weights by parameter [T+1, ...]."""
-    z = np.load(GOLDEN / f"{name}.npz")
-    meta = json.loads(str(z["meta"]))
-    signs(z, meta["projected"])
-    names = meta["projected"] + meta["unprojected"]
-    params = {n: torch.nn.Parameter(torch.tensor(z[f"{n}/init"]).to(dtype)) for n in names}
-    options = dict(rank=meta["rank"], update_proj_gap=meta["update_proj_gap"], scale=meta["scale"])
-    groups = [
-        {"params": [params[n] for n in meta["unprojected"]]},
-        {"params": [params[n] for n in meta["projected"]], "proj_type": meta["proj_type"], **options},
-    ]
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="rank .* clamped")
-        optimizer = GaLoreAdamW(groups, **meta["opt_kw"], **kwargs)
-    ours = {n: [params[n].detach().clone()] for n in names}
-    for t, lr in enumerate(z["lr"]):
-        for group in optimizer.param_groups:
-            group["lr"] = float(lr)
-        for n in names:
-            params[n].grad = torch.tensor(z[f"{n}/grad"][t]).to(dtype)
-        optimizer.step()
-        for n in names:
-            ours[n].append(params[n].detach().clone())
-    return {n: (torch.stack(ours[n]).float(), torch.tensor(z[f"{n}/w"]).float()) for n in names}
 
 
 @pytest.mark.parametrize("case", ["std", "left", "right", "full", "std_wd", "std_nobias", "std_rankclip"])
-def test_equals_the_authors(case, recorded_signs):
-    for ours, theirs in replay(f"galore_adamw_{case}_f32", signs=recorded_signs).values():
-        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5 * float(theirs.abs().max()))
+def test_equals_the_authors(case, monkeypatch):
+    assert_followed(replay(f"galore_adamw_{case}_f32", GaLoreAdamW, monkeypatch), 1e-5)
 
 
-def test_equals_the_authors_in_bfloat16(recorded_signs):
-    for ours, theirs in replay("galore_adamw_std_bf16", torch.bfloat16, recorded_signs).values():
-        torch.testing.assert_close(ours, theirs, rtol=6e-2, atol=6e-2 * float(theirs.abs().max()))
+def test_equals_the_authors_in_bfloat16(monkeypatch):
+    assert_followed(replay("galore_adamw_std_bf16", GaLoreAdamW, monkeypatch, torch.bfloat16), 6e-2)
 
 
 def tiny_llama(z, prefix):

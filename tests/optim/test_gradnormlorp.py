@@ -1,10 +1,11 @@
-"""GradNormLoRP's weightnorm against autograd through W = g v / ‖v‖, and its invariants."""
+"""GradNormLoRP: weightnorm against autograd through W = g v / ‖v‖, lowrank_wn against the authors' code."""
 
 import pytest
 import torch
+from recordings import assert_followed, replay
 
 from lrpretrain.errors import ConfigError
-from lrpretrain.optim import AdamW, GradNormLoRPAdamW
+from lrpretrain.optim import AdamW, GaLoreAdamW, GradNormLoRPAdamW
 
 SHAPES = [(9, 6), (6, 9), (9, 6)]
 
@@ -133,3 +134,67 @@ def test_what_is_not_there_is_refused():
         GradNormLoRPAdamW([torch.nn.Parameter(torch.ones(2, 2))], mode="magic")
     with pytest.raises(ConfigError, match="full"):
         build([draw(0, (4, 4))], proj_type="full")
+
+
+@pytest.mark.parametrize("case", ["std", "std_wd"])
+def test_lowrank_wn_equals_the_authors(case, monkeypatch):
+    name = f"lowrank_wn_adamw_{case}_f32"
+    assert_followed(replay(name, GradNormLoRPAdamW, monkeypatch, mode="lowrank_wn"), 1e-5)
+
+
+@pytest.mark.parametrize(("shape", "rank"), [((9, 6), 2), ((6, 9), 2), ((9, 6), None), ((7,), None)])
+def test_lowrank_wn_trains_zero_rows_as_without_normalisation(shape, rank):
+    """A first step: what is zero moves as under GaLore or AdamW, and the rest of the matrix does not mind."""
+    W, grad = draw(0, shape), draw(1, shape)
+    W[2 if len(shape) == 2 else ...] = 0
+    moved = {}
+    for name, make in {"normalised": GradNormLoRPAdamW, "plain": GaLoreAdamW}.items():
+        p = torch.nn.Parameter(W.clone())
+        p.grad = grad.clone()
+        options = {"mode": "lowrank_wn"} if make is GradNormLoRPAdamW else {}
+        make([{"params": [p], "rank": rank}], lr=0.01, weight_decay=0.1, **options).step()
+        moved[name] = p.detach()
+    zero = W == 0
+    torch.testing.assert_close(moved["normalised"][zero], moved["plain"][zero], rtol=1e-9, atol=1e-12)
+    assert moved["normalised"].isfinite().all() and (moved["normalised"][zero] != 0).all()
+
+
+def test_lowrank_wn_goes_on_where_rows_were_zero():
+    params = [torch.nn.Parameter(torch.zeros(s)) for s in [(9, 6), (6, 9), (6, 5), (7,)]]
+    groups = [{"params": params[:2], "rank": 2, "update_proj_gap": 3}, {"params": params[2:]}]
+    optimizer = GradNormLoRPAdamW(groups, lr=0.01, mode="lowrank_wn")
+    for t in range(7):
+        for i, p in enumerate(params):
+            p.grad = draw(10 * t + i, p.shape).float()
+        optimizer.step()
+    assert all(p.isfinite().all() and p.norm() > 0 for p in params)
+
+
+def test_lowrank_wn_loads_its_state_to_the_bit():
+    def fresh():
+        params = [
+            torch.nn.Parameter(draw(i, s).float()) for i, s in enumerate([(9, 6), (6, 9), (6, 5), (7,)])
+        ]
+        groups = [{"params": params[:2], "rank": 2, "update_proj_gap": 3}, {"params": params[2:]}]
+        return params, GradNormLoRPAdamW(groups, lr=0.01, weight_decay=0.1, mode="lowrank_wn")
+
+    def run(params, optimizer, steps):
+        for t in steps:
+            for i, p in enumerate(params):
+                p.grad = draw(10 * t + i, p.shape).float()
+            optimizer.step()
+
+    params, optimizer = fresh()
+    run(params, optimizer, range(4))
+    others, again = fresh()
+    for a, b in zip(others, params, strict=True):
+        a.data.copy_(b.data)
+    again.load_state_dict(optimizer.state_dict())
+    for p, o in ((params, optimizer), (others, again)):
+        run(p, o, range(4, 8))
+    assert all(torch.equal(a, b) for a, b in zip(params, others, strict=True))
+
+
+def test_lowrank_wn_takes_matrices_and_vectors_only():
+    with pytest.raises(ConfigError, match="matrices and vectors"):
+        GradNormLoRPAdamW([torch.nn.Parameter(torch.ones(2, 3, 4))], mode="lowrank_wn")

@@ -97,6 +97,16 @@ def test_every_rank_that_is_too_large_is_a_problem(toy):
     assert ["self_attn" in p.reason for p in sorted(both, key=lambda p: p.value)] == [True, False]
 
 
+def test_what_adapters_are_too_small_or_too_large_for_is_a_problem(toy):
+    dora = {"rule": "gradnormlorp", "mode": "dora"}
+    assert problems(toy, OptimConfig(**dora, rank=8)) == []
+    assert problems(toy, OptimConfig(**dora, rank=9, attn_rank=2, mlp_rank=2)) == []
+    (problem,) = problems(toy, OptimConfig(**dora, rank=9, attn_rank=2))
+    assert str(problem).startswith("optim.rank=9: is larger than optim.adapter_rank=8")
+    (problem,) = problems(toy, OptimConfig(**dora, rank=8, adapter_rank=129))
+    assert str(problem).startswith("optim.adapter_rank=129: is larger than the smallest matched matrix")
+
+
 def test_adamw_looks_at_no_rank(toy):
     assert problems(toy, OptimConfig(rule="adamw", rank=10**6)) == []
     assert problems(toy, OptimConfig(rule="adamw", targets=["nothing"]))

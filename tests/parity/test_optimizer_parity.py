@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.distributed.tensor.debug import CommDebugMode
 
 from lrpretrain.errors import ConfigError
-from lrpretrain.optim import AdamW, GaLoreAdamW, GradNormLoRPAdamW, LOROAdamW
+from lrpretrain.optim import AdamW, GaLoreAdafactor, GaLoreAdamW, GradNormLoRPAdamW, LOROAdamW
 from lrpretrain.sharding.zero import Shard as Range
 
 SHAPES = [
@@ -203,6 +203,11 @@ def refusals():
     sharded = torch.nn.Parameter(
         distribute_tensor(torch.ones(4, 4), init_device_mesh("cpu", (2,)), [Shard(0)])
     )
+    for rank in (2, None):
+        with pytest.raises(ConfigError, match="is cut among processes, and LowRankWN takes whole"):
+            GradNormLoRPAdamW([{"params": [sharded], "rank": rank}], mode="lowrank_wn")
+        with pytest.raises(ConfigError, match="is cut among processes, and Adafactor takes whole"):
+            GaLoreAdafactor([{"params": [sharded], "rank": rank}])
     optimizer = GaLoreAdamW([{"params": [sharded], "rank": 2}])
     sharded.grad = DTensor.from_local(
         torch.full((2, 4), value), sharded.device_mesh, [Shard(0)], run_check=False
