@@ -119,7 +119,10 @@ class Exchange:
             for tiles in zip(*(h.spread for h in self._holdings), strict=True)
         ]
         like = self._holdings[0].weight
-        back = [like.new_empty(sum(tile.numel for tile in h.tiles)) for h in self._holdings]
+        back = [
+            like.new_empty(0 if home else sum(tile.numel for tile in h.tiles))
+            for h, home in zip(self._holdings, self._home, strict=True)
+        ]
         self._swap(sent, [[back[i] for i in which] for which in self._travelling], like)
         return [own[i].view(-1) if self._home[i] and i in own else back[i] for i in range(len(back))]
 

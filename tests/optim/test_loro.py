@@ -205,3 +205,19 @@ def test_orth_works_in_bfloat16():
     layer = LowRankLinear(torch.nn.Linear(32, 16, dtype=torch.bfloat16), 4, "orth")
     W = layer.weight_in.float()
     assert float((W.T @ W - torch.eye(4)).abs().max()) < 2e-2
+
+
+def test_every_group_has_its_own_options():
+    torch.manual_seed(0)
+    ins, outs = ([torch.nn.Parameter(torch.randn(5, 2)) for _ in range(2)] for _ in "AB")
+    groups = [
+        {"params": [p], "type": f"lowrank_{kind}", "lr": lr}
+        for kind, params in (("in", ins), ("out", outs))
+        for p, lr in zip(params, (0.1, 0.0), strict=True)
+    ]
+    optimizer = LOROAdamW(groups)
+    before = [p.detach().clone() for p in ins + outs]
+    for p in ins + outs:
+        p.grad = torch.randn_like(p)
+    optimizer.step()
+    assert [torch.equal(a, b) for a, b in zip(before, ins + outs, strict=True)] == [False, True] * 2
