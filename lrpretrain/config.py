@@ -25,6 +25,8 @@ class ModelConfig:
 
     config: str = "llama_60m"
     """A shipped model config (llama_60m) or the path of a Hugging Face config.json."""
+    loss_chunk: int = 4096
+    """Tokens of a micro-batch whose logits exist at a time. 0: all."""
 
 
 @dataclass

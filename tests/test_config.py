@@ -270,6 +270,7 @@ def test_defaults_and_valid_combinations_have_no_problems():
     for values, n_procs in (
         ({"engine": {"kind": "fsdp"}, "precision": {"compute": "bfloat16"}}, 1),
         ({"engine": {"kind": "fsdp", "accumulate_unsharded": True}}, 8),
+        ({"model": {"loss_chunk": 0}}, 1),
         ({"engine": {"kind": "ddp"}, "precision": {"compute": "bfloat16", "params": "bfloat16"}}, 2),
         ({"engine": {"kind": "zero", "ds_config": "zero3"}, "precision": {"compute": "bfloat16"}}, 2),
         ({"engine": {"kind": "zero"}}, 1),
@@ -287,6 +288,7 @@ def test_defaults_and_valid_combinations_have_no_problems():
 
 NAN = float("nan")
 OUT_OF_RANGE = {
+    "model.loss_chunk": [-1],
     "data.seq_len": [0, -1, 1],
     "data.lanes": [0],
     "data.prefetch": [0],

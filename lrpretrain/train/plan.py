@@ -34,13 +34,8 @@ def problems(config: Config, n_procs: int) -> list[Problem | str]:
 
 def check(config: Config, n_procs: int) -> list[Problem | str]:
     """Return what cannot work in a configuration by itself, without a look at models or data."""
-    data, optim, train, engine, precision = (
-        config.data,
-        config.optim,
-        config.train,
-        config.engine,
-        config.precision,
-    )
+    data, optim, train = config.data, config.optim, config.train
+    engine, precision = config.engine, config.precision
     found: list[Problem | str] = []
 
     def refuse(wrong: bool, key: str, reason: str, remedy: str) -> None:
@@ -55,10 +50,12 @@ def check(config: Config, n_procs: int) -> list[Problem | str]:
     ]:
         section, name = key.split(".")
         refuse(getattr(getattr(config, section), name) < 1, key, "must be at least 1", "Raise it")
-    for key in "train.eval_every train.save_every train.keep_checkpoints train.warmup_steps".split():
-        refuse(getattr(train, key.split(".")[1]) < 0, key, "must not be negative", "0 turns it off")
-    restarts = train.restart_warmup_steps < 0
-    refuse(restarts, "train.restart_warmup_steps", "must not be negative", "0 turns it off")
+    for key in [
+        *"train.eval_every train.save_every train.keep_checkpoints train.warmup_steps".split(),
+        *"train.restart_warmup_steps model.loss_chunk".split(),
+    ]:
+        section, name = key.split(".")
+        refuse(getattr(getattr(config, section), name) < 0, key, "must not be negative", "0 turns it off")
     for key, rank in (("optim.attn_rank", optim.attn_rank), ("optim.mlp_rank", optim.mlp_rank)):
         refuse(rank is not None and rank < 1, key, "must be at least 1", "Raise it, or leave it out")
     for key in "optim.lr optim.lr_regular optim.eps optim.scale engine.timeout_s data.hub_patience_s".split():
