@@ -25,6 +25,11 @@ class ModelConfig:
 
     config: str = "llama_60m"
     """A shipped model config (llama_60m) or the path of a Hugging Face config.json."""
+    checkpointing: Literal["none", "full", "selective"] = "none"
+    """What backward computes again instead of keeping it: full: all inside a decoder block; selective: all
+    but matmuls and attention."""
+    checkpoint_every: int = 1
+    """full, selective: decoder blocks from one that does so to the next. 1: all do."""
     loss_chunk: int = 4096
     """Tokens of a micro-batch whose logits exist at a time. 0: all."""
 
@@ -173,6 +178,8 @@ class EngineConfig:
     the processes: the optimizer then communicates nothing for them."""
     accumulate_unsharded: bool = False
     """fsdp: keep whole gradients over the micro-batches of a step and communicate once."""
+    compile: bool = False
+    """Compile the decoder blocks with torch.compile; it takes a C++ compiler."""
     timeout_s: float = 1800.0
     """Seconds after which a collective that does not end takes the job down."""
 

@@ -10,7 +10,7 @@ from lrpretrain.engine.base import Engine, Mask, Step
 from lrpretrain.engine.fsdp import FSDP
 from lrpretrain.engine.local import DDP, Local
 from lrpretrain.engine.zero import Zero
-from lrpretrain.model import llama
+from lrpretrain.model import blocks, llama
 from lrpretrain.optim import groups
 from lrpretrain.sharding.procs import Procs
 
@@ -39,7 +39,7 @@ def build_engine(
     if isinstance(engine, Zero):
         engine.ds_config = ds_config.load(config, procs.n_procs)
         engine.projected = groups.projected(llama.shapes(model), config.optim)
-    engine.lay_out()
+    _lay_out(engine, config)
     engine.holdings = engine.hold()
     std = model.config.initializer_range
     llama.initialize(engine.holdings, config.train.seed, std, config.optim.init)
@@ -49,3 +49,16 @@ def build_engine(
     params = ((h.name, h.param) for h in engine.holdings)
     engine.optimizer = groups.build_optimizer(params, config.optim, model.config.hidden_size)
     return engine
+
+
+def _lay_out(engine: Engine, config: Config) -> None:
+    """Checkpoint, compile and shard the model, in this order.
+
+    The checkpoint lies inside what is compiled, so that the compiler sees what is computed again. Both act
+    on blocks as they are, whose code is compiled once for all. Engines come last: their hooks, which gather
+    parameters, stand around the other two.
+    """
+    blocks.recompute(engine.model, config.model.checkpointing, config.model.checkpoint_every)
+    if config.engine.compile:
+        blocks.compile(engine.model)
+    engine.lay_out()

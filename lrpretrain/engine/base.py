@@ -114,6 +114,7 @@ class Engine:
         return self._loss_sum(ids)
 
     @torch.no_grad()
+    @torch.compiler.set_stance("force_eager")  # other lengths would be compiled anew
     def next_logits(self, ids: Tensor) -> Tensor:
         """Return the logits after the last of the ids (1, l), shaped (v,); the same ids on every process."""
         self.forward.eval()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import shutil
 from collections import Counter
 
 import torch
@@ -34,7 +36,7 @@ def problems(config: Config, n_procs: int) -> list[Problem | str]:
 
 def check(config: Config, n_procs: int) -> list[Problem | str]:
     """Return what cannot work in a configuration by itself, without a look at models or data."""
-    data, optim, train = config.data, config.optim, config.train
+    model, data, optim, train = config.model, config.data, config.optim, config.train
     engine, precision = config.engine, config.precision
     found: list[Problem | str] = []
 
@@ -47,6 +49,7 @@ def check(config: Config, n_procs: int) -> list[Problem | str]:
     for key in [
         *whole.split(),
         *"train.micro_batch train.global_batch train.log_every train.eval_tokens".split(),
+        "model.checkpoint_every",
     ]:
         section, name = key.split(".")
         refuse(getattr(getattr(config, section), name) < 1, key, "must be at least 1", "Raise it")
@@ -135,6 +138,18 @@ def check(config: Config, n_procs: int) -> list[Problem | str]:
         "engine.accumulate_unsharded",
         f"engine.kind={engine.kind} has no such choice",
         "Leave it out",
+    )
+    refuse(
+        model.checkpointing == "none" and model.checkpoint_every > 1,
+        "model.checkpoint_every",
+        "model.checkpointing=none keeps every activation",
+        "Use full or selective, or leave it out",
+    )
+    refuse(
+        engine.compile and shutil.which(os.environ.get("CXX", "g++")) is None,
+        "engine.compile",
+        "there is no C++ compiler here",
+        "Install g++, or name one in the environment variable CXX",
     )
     refuse(
         engine.ds_config is not None and engine.kind != "zero",
