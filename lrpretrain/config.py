@@ -178,6 +178,11 @@ class EngineConfig:
     the processes: the optimizer then communicates nothing for them."""
     accumulate_unsharded: bool = False
     """fsdp: keep whole gradients over the micro-batches of a step and communicate once."""
+    reshard_after_forward: bool = True
+    """fsdp: drop the gathered weights of a decoder block after its forward, and gather them again for its
+    backward: less memory, more communication."""
+    prefetch_blocks: int = 0
+    """fsdp: decoder blocks that are gathered ahead of the one that runs. 0: as FSDP2 does by itself."""
     compile: bool = False
     """Compile the decoder blocks with torch.compile; it takes a C++ compiler."""
     timeout_s: float = 1800.0

@@ -34,6 +34,8 @@ def build_engine(
         engine.compute = dtypes[config.precision.compute]
         engine.accumulate_unsharded = config.engine.accumulate_unsharded
         engine.replicas = config.engine.replicas
+        engine.reshard_after_forward = config.engine.reshard_after_forward
+        engine.prefetch_blocks = config.engine.prefetch_blocks
         if config.engine.shard_columns:
             engine.by_columns = groups.projected_on_the_left(llama.shapes(model), config.optim)
     if isinstance(engine, Zero):

@@ -55,7 +55,7 @@ def check(config: Config, n_procs: int) -> list[Problem | str]:
         refuse(getattr(getattr(config, section), name) < 1, key, "must be at least 1", "Raise it")
     for key in [
         *"train.eval_every train.save_every train.keep_checkpoints train.warmup_steps".split(),
-        *"train.restart_warmup_steps model.loss_chunk".split(),
+        *"train.restart_warmup_steps model.loss_chunk engine.prefetch_blocks".split(),
     ]:
         section, name = key.split(".")
         refuse(getattr(getattr(config, section), name) < 0, key, "must not be negative", "0 turns it off")
@@ -133,12 +133,14 @@ def check(config: Config, n_procs: int) -> list[Problem | str]:
         f"engine.kind={engine.kind} has no shards to replicate",
         "Use engine.kind=fsdp",
     )
-    refuse(
-        engine.accumulate_unsharded and engine.kind != "fsdp",
-        "engine.accumulate_unsharded",
-        f"engine.kind={engine.kind} has no such choice",
-        "Leave it out",
-    )
+    of_fsdp = {
+        "accumulate_unsharded": engine.accumulate_unsharded,
+        "reshard_after_forward": not engine.reshard_after_forward,
+        "prefetch_blocks": engine.prefetch_blocks > 0,
+    }
+    for name, chosen in of_fsdp.items():
+        reason = f"engine.kind={engine.kind} has no such choice"
+        refuse(chosen and engine.kind != "fsdp", f"engine.{name}", reason, "Leave it out")
     refuse(
         model.checkpointing == "none" and model.checkpoint_every > 1,
         "model.checkpoint_every",
