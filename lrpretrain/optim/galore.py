@@ -198,7 +198,8 @@ class GaLoreAdamW(ShardedOptimizer):
     rotate (keep; not with full); `placement` under sharding: auto, aligned, owner or seeded (auto).
     A rank above min(m, n) is clamped with a warning.
 
-    Supported: plain tensors and DTensors with one sharded dimension, float32, float64 and bfloat16.
+    Supported: plain tensors, DTensors with one sharded dimension and shards of ZeRO's masters, in float32,
+    float64 and bfloat16. With proj_type full bases are found by SVD, whatever `subspace` says.
     Raises ConfigError for an unknown or impossible option.
     """
 

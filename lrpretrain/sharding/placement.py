@@ -3,7 +3,8 @@
     aligned   every process works on its own tiles: nothing, or a few vectors, travel in an ordinary step,
               but each process keeps the whole basis
     owner     one process has the whole matrix for the time of the update, and keeps its state: two
-              all-to-alls a step for all matrices of a shape, and state that shrinks with the processes
+              all-to-alls a step for the matrices of a shape and param group (more where they take more than
+              a GiB at a time), and state that shrinks with the processes
     seeded    as aligned, with random bases that are drawn anew in every step instead of kept
 
 The choice is a function of shapes and options alone, so that all processes make the same one. The result
