@@ -40,10 +40,16 @@ def show(args: argparse.Namespace) -> None:
 
     read, problems = config.parse(["--config", args.file, *args.overrides], prog="lrpretrain show FILE")
     problems += plan.problems(read, args.procs)
+    section, _, name = (args.field or "").partition(".")
+    if args.field and not hasattr(getattr(read, section, None), name):
+        problems.append(f"--field {args.field} is not a field. `lrpretrain.pretrain --help` lists them.")
     if problems:
         raise ConfigError(problems)
-    print(config.to_yaml(read))
-    print(plan.describe(read, args.procs))
+    if args.field:
+        print(getattr(getattr(read, section), name))
+    else:
+        print(config.to_yaml(read))
+        print(plan.describe(read, args.procs))
 
 
 def train_tokenizer(args: argparse.Namespace) -> None:
@@ -169,13 +175,15 @@ def _count(text: str) -> int:
 
 
 def _add_show(tools) -> None:  # type: ignore[no-untyped-def]
-    usage = "lrpretrain show FILE [--procs N] [--section.field VALUE ...]"
+    usage = "lrpretrain show FILE [--procs N] [--field SECTION.FIELD] [--section.field VALUE ...]"
     about = "print a configuration's resolved values and what they amount to, or all that is wrong with it"
     # Without abbreviations: what is not an option of this tool is a field of the configuration.
     tool = _add(tools, "show", show, about, usage=usage, allow_abbrev=False)
     tool.add_argument("file", metavar="FILE", help="a recipe's name or a YAML file")
     procs = "processes that the run will have (default: %(default)s)"
     tool.add_argument("--procs", type=_count, default=1, help=procs)
+    field = "print the value of this field only, for scripts (default: all fields)"
+    tool.add_argument("--field", metavar="SECTION.FIELD", help=field)
 
 
 def _add_tokenizer(tools) -> None:  # type: ignore[no-untyped-def]
