@@ -38,7 +38,7 @@ def run(capsys):
     return run
 
 
-TOOLS = ["show", "tokenizer train", "tokenize", "download", "generate"]
+TOOLS = ["show", "doctor", "tokenizer train", "tokenize", "download", "generate"]
 
 
 @pytest.mark.parametrize("tool", ["", *TOOLS])
