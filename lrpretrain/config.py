@@ -174,6 +174,10 @@ class TrainConfig:
     """Largest norm of the raw gradient (default: no clipping)."""
     prompt: str | None = None
     """A line that the model continues at each evaluation."""
+    profile_steps: int = 0
+    """Steps that torch.profiler records on the first process, for run.dir/profile. 0: none."""
+    profile_from: int = 10
+    """Steps after the start, or after a resume, before the recorded ones."""
 
 
 @dataclass

@@ -319,6 +319,8 @@ OUT_OF_RANGE = {
     "train.save_every": [-1],
     "train.keep_checkpoints": [-1],
     "train.warmup_steps": [-1],
+    "train.profile_steps": [-1],
+    "train.profile_from": [-1],
     "train.min_lr_ratio": [-0.1, 1.1, NAN],
     "train.clip_norm": [0.0, -1.0, NAN],
 }
@@ -411,6 +413,11 @@ TOGETHER = {
         {"optim": {"rule": "loro"}, "model": {"init_from": "folder"}},
         1,
         ["model.init_from"],
+    ),
+    "a profile of steps that never come": (
+        {"train": {"profile_steps": 1, "profile_from": 10_000}},
+        1,
+        ["train.profile_from"],
     ),
     "a mask of padded rows": ({"data": {"document_mask": True}}, 1, ["data.document_mask"]),
     "files without a path": ({"data": {"source": "files", "tokenizer": "a"}}, 1, ["data.path"]),

@@ -62,10 +62,17 @@ def check(config: Config, n_procs: int) -> list[Problem | str]:
         refuse(getattr(getattr(config, section), name) < 1, key, "must be at least 1", "Raise it")
     for key in [
         *"train.eval_every train.save_every train.keep_checkpoints train.warmup_steps".split(),
-        *"train.restart_warmup_steps model.loss_chunk engine.prefetch_blocks".split(),
+        *"train.restart_warmup_steps train.profile_steps model.loss_chunk engine.prefetch_blocks".split(),
     ]:
         section, name = key.split(".")
         refuse(getattr(getattr(config, section), name) < 0, key, "must not be negative", "0 turns it off")
+    refuse(train.profile_from < 0, "train.profile_from", "must not be negative", "0 records the first steps")
+    refuse(
+        train.profile_steps > 0 and train.profile_from >= train.steps,
+        "train.profile_from",
+        f"nothing would be recorded in train.steps={train.steps}",
+        "Lower it",
+    )
     for key, rank in (("optim.attn_rank", optim.attn_rank), ("optim.mlp_rank", optim.mlp_rank)):
         refuse(rank is not None and rank < 1, key, "must be at least 1", "Raise it, or leave it out")
     positive = "optim.lr optim.lr_regular optim.eps optim.scale optim.adapter_alpha engine.timeout_s"
