@@ -149,7 +149,7 @@ def test_exit_codes_are_those_of_the_errors():
     from lrpretrain import errors
 
     said = README.partition("Exit codes: ")[2].split(";")[0]
-    kinds = [errors.ConfigError, errors.DataError, errors.CheckpointError, errors.NonFiniteError]
+    kinds = [errors.ConfigError, errors.DataError, errors.CheckpointError, errors.UnsoundError]
     codes = [0, *(kind.exit_code for kind in kinds), errors.EXIT_STOPPED, 1]
     assert [int(code) for code in re.findall(r"\b\d+\b", said)] == codes
 
