@@ -120,5 +120,5 @@ def test_a_model_is_as_the_papers_have_it(name):
     assert config.pad_token_id is None
     assert not any(n.endswith("bias") for n, _ in model.named_parameters())
     assert "lm_head.weight" in dict(model.named_parameters()) and not config.tie_word_embeddings
-    assert config._attn_implementation == "sdpa"
+    assert config._attn_implementation == llama.ATTENTION
     assert {p.device.type for p in model.parameters()} == {"meta"}
