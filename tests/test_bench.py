@@ -51,12 +51,7 @@ def test_a_variant_is_measured(capsys, monkeypatch):
     only = ["--rules", "galore", "--compile", "off", "--checkpointing", "selective", "--steps", 4]
     code, (row,), last, err = run(*only, *TOY, "--optim.refresh_every", 10, capsys=capsys)
     assert (code, err) == (0, "")
-    assert [row[name] for name in ("rule", "compile", "checkpointing", "MFU")] == [
-        "galore",
-        "off",
-        "selective",
-        "–",
-    ]
+    assert (row["rule"], row["checkpointing"], row["MFU"]) == ("galore", "selective", "–")
     step, refresh = number(row["step ms"]), number(row["refresh step ms"])
     assert min(step, refresh) > 0
     assert number(row["tokens/s"]) == pytest.approx(4 * 32 / (step + (refresh - step) / 10) * 1e3, rel=0.01)
