@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from test_recipes import processes
 from tiny import ROOT
 
 from lrpretrain import __version__, cli, config
@@ -143,6 +144,15 @@ def test_the_table_lists_what_can_be_chosen():
     assert re.findall(r"`(\w+)`", header) == list(engines)
     assert sorted(re.match(r"\| `(\w+)`", row)[1] for row in rows) == sorted(rules)
     assert all(row.count("| yes") == len(engines) for row in rows)
+
+
+def test_the_recipes_are_those_that_are_shipped():
+    listed = {}
+    for size, row in re.findall(
+        r"^\| `(\w+)` \| (.* \d.*) \|$", README.partition("papers' recipes")[2], re.M
+    ):
+        listed |= {f"llama_{size}_{name}": int(gpus) for name, gpus in re.findall(r"`(\w+)` (\d+)", row)}
+    assert listed == {name: processes(name) for name in config.shipped_names("recipes")}
 
 
 def test_exit_codes_are_those_of_the_errors():
