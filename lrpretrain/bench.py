@@ -26,7 +26,7 @@ from lrpretrain.config import Config, parse
 from lrpretrain.doctor import launch
 from lrpretrain.engine import Engine, build_engine
 from lrpretrain.engine.device import env_procs, join, pick_device
-from lrpretrain.errors import NonFiniteError
+from lrpretrain.errors import UnsoundError
 from lrpretrain.sharding.procs import Procs
 from lrpretrain.train import plan
 
@@ -163,9 +163,10 @@ def _step(engine: Engine, config: Config) -> tuple[float, bool]:
     procs.barrier()
     began = time.perf_counter_ns()
     step = engine.train_step(ids.split(train.micro_batch), targets, train.clip_norm, LR_RATIO)
+    sound = step.sound  # known once the device has done the step
     took = int(procs.max([time.perf_counter_ns() - began])[0])
-    if not math.isfinite(step.grad_norm):
-        raise NonFiniteError("a gradient is not finite: the step did not update, and its time says nothing.")
+    if not sound:
+        raise UnsoundError("a gradient is not finite: the step did not update, and its time says nothing.")
     return took / 1e6, bool(engine.optimizer.pop_metrics(procs))
 
 

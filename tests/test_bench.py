@@ -11,7 +11,7 @@ from lrpretrain import bench, cli
 from lrpretrain.bench import Variant
 from lrpretrain.config import Config, from_dict
 from lrpretrain.engine import build_engine
-from lrpretrain.errors import NonFiniteError
+from lrpretrain.errors import UnsoundError
 from lrpretrain.sharding.procs import Procs
 from lrpretrain.train import plan
 
@@ -85,7 +85,7 @@ def test_a_step_that_does_not_update_is_not_timed():
     engine = build_engine(config, Procs(), torch.device("cpu"), pad_id=-1)
     with torch.no_grad():
         engine.model.lm_head.weight[0, 0] = torch.nan
-    with pytest.raises(NonFiniteError):
+    with pytest.raises(UnsoundError):
         bench._step(engine, config)
 
 
