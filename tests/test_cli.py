@@ -38,7 +38,7 @@ def run(capsys):
     return run
 
 
-TOOLS = ["show", "doctor", "tokenizer train", "tokenize", "download", "generate"]
+TOOLS = ["show", "doctor", "tokenizer train", "tokenize", "download", "generate", "export", "eval"]
 
 
 @pytest.mark.parametrize("tool", ["", *TOOLS])

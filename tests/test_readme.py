@@ -90,6 +90,13 @@ def doctor(line):
     assert [*problems, *plan.problems(read, 2)] == []
 
 
+def evaluation(line):
+    """Read what an evaluation gets; test_export.py runs some."""
+    known, rest = cli.build_parser().parse_known_args(shlex.split(line)[1:])
+    assert known.run is cli.evaluate
+    assert config.parse(rest)[1] == []
+
+
 # How a command is tried, by how it begins. The scripts run in test_launch.py, and run.sh around us.
 TRIED = {
     "bash launch/quickstart.sh": script,
@@ -98,6 +105,7 @@ TRIED = {
     "bash launch/fsdp.sh ": launcher,
     "bash launch/zero.sh ": launcher,
     "lrpretrain doctor ": doctor,
+    "lrpretrain eval ": evaluation,
     "source .venv/bin/activate": exists,
     "tensorboard --logdir ": exists,
     "python -m lrpretrain.pretrain ": lambda line: train(line, 1),

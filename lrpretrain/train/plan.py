@@ -27,11 +27,7 @@ def problems(config: Config, n_procs: int) -> list[Problem | str]:
         shape = llama.load_config(config.model)
     except ConfigError as error:
         return [*found, *error.problems]
-    if config.data.seq_len > shape.max_position_embeddings:
-        reason = f"is longer than the model's {shape.max_position_embeddings} positions"
-        found.append(
-            Problem("data.seq_len", config.data.seq_len, reason, "Lower it, or use another model.config")
-        )
+    found += too_long(config, shape.max_position_embeddings)
     shapes = llama.shapes(llama.build(shape))
     if config.model.init_from is not None:
         try:
@@ -39,6 +35,14 @@ def problems(config: Config, n_procs: int) -> list[Problem | str]:
         except ConfigError as error:
             found += error.problems
     return found + groups.problems(shapes, config.optim)
+
+
+def too_long(config: Config, positions: int) -> list[Problem | str]:
+    """Return what is wrong where rows are longer than the model's positions."""
+    if config.data.seq_len <= positions:
+        return []
+    reason, remedy = f"is longer than the model's {positions} positions", "Lower it, or use another model"
+    return [Problem("data.seq_len", config.data.seq_len, reason, remedy)]
 
 
 def check(config: Config, n_procs: int) -> list[Problem | str]:
