@@ -14,6 +14,7 @@ from lrpretrain.model import llama
 from lrpretrain.model.lowrank import initial_factor
 from lrpretrain.model.pretrained import Pretrained
 from lrpretrain.optim import groups
+from lrpretrain.train import memory
 
 
 def problems(config: Config, n_procs: int) -> list[Problem | str]:
@@ -263,6 +264,7 @@ def describe(config: Config, n_procs: int) -> str:
             + (f", {trained:,} of them trained" if trained < total else ""),
             f"optimizer state: {' + '.join(f'{key} {count:,}' for key, count in state.items())}"
             f" = {state.total():,} numbers, {state.total() / total:.2f} a parameter",
+            *memory.describe(config, model, n_procs),
             *([ds_config.describe(config, n_procs)] if config.engine.kind == "zero" else []),
         ]
     )
