@@ -1,4 +1,4 @@
-"""The tools beside training: `lrpretrain show | tokenizer train | tokenize | download | generate`."""
+"""The tools beside training: `lrpretrain show | doctor | tokenizer | tokenize | download | generate`."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from lrpretrain.errors import CheckpointError, ConfigError, DataError, Lrpretrai
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one tool; return its exit code: 0, 2 configuration, 3 data or disk, 4 checkpoint."""
+    """Run one tool; return its exit code: 0, 1 doctor, 2 configuration, 3 data or disk, 4 checkpoint."""
     parser = build_parser()
     known, rest = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
-    if rest and known.run is not show:
+    if rest and known.run not in (show, doctor):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     known.overrides = rest
     logging.basicConfig(format="%(message)s")
@@ -40,10 +40,40 @@ def show(args: argparse.Namespace) -> None:
 
     read, problems = config.parse(["--config", args.file, *args.overrides], prog="lrpretrain show FILE")
     problems += plan.problems(read, args.procs)
+    section, _, name = (args.field or "").partition(".")
+    if args.field and not hasattr(getattr(read, section, None), name):
+        problems.append(f"--field {args.field} is not a field. `lrpretrain.pretrain --help` lists them.")
     if problems:
         raise ConfigError(problems)
-    print(config.to_yaml(read))
-    print(plan.describe(read, args.procs))
+    if args.field:
+        print(getattr(getattr(read, section), name))
+    else:
+        print(config.to_yaml(read))
+        print(plan.describe(read, args.procs))
+
+
+def doctor(args: argparse.Namespace) -> None:
+    """Check this node, and a few steps of a configuration's rule and engine; print a table."""
+    import torch
+
+    from lrpretrain import config
+    from lrpretrain.doctor import Check, examine
+    from lrpretrain.train import plan
+
+    engine = [] if any(a.startswith("--config") for a in args.overrides) else ["--engine.kind", "fsdp"]
+    read, problems = config.parse([*engine, *args.overrides], prog="lrpretrain doctor")
+    all_ = 1 if read.engine.kind == "local" else torch.cuda.device_count() or 2
+    n_procs = args.procs or all_
+    problems += plan.problems(read, n_procs)
+    if problems:
+        raise ConfigError(problems)
+    print(Check("check", "state", "found"))
+    failed = 0
+    for check in examine(read, n_procs, args.patience_s):
+        print(check, flush=True)
+        failed += check.state == "failed"
+    if failed:
+        raise LrpretrainError(f"{failed} of the checks failed")
 
 
 def train_tokenizer(args: argparse.Namespace) -> None:
@@ -143,11 +173,12 @@ def build_parser() -> argparse.ArgumentParser:
         prog="lrpretrain",
         description="Tools around pretraining. `lrpretrain TOOL --help` explains one.",
         epilog="Training itself is `python -m lrpretrain.pretrain --help`. "
-        "Exit codes: 0 done, 2 configuration, 3 data or disk, 4 checkpoint.",
+        "Exit codes: 0 done, 1 a check of the doctor failed, 2 configuration, 3 data or disk, 4 checkpoint.",
     )
     parser.add_argument("--version", action="version", version=__version__)
     tools = parser.add_subparsers(required=True, metavar="TOOL", title="tools")
     _add_show(tools)
+    _add_doctor(tools)
     _add_tokenizer(tools)
     _add_tokenize(tools)
     _add_download(tools)
@@ -169,13 +200,25 @@ def _count(text: str) -> int:
 
 
 def _add_show(tools) -> None:  # type: ignore[no-untyped-def]
-    usage = "lrpretrain show FILE [--procs N] [--section.field VALUE ...]"
+    usage = "lrpretrain show FILE [--procs N] [--field SECTION.FIELD] [--section.field VALUE ...]"
     about = "print a configuration's resolved values and what they amount to, or all that is wrong with it"
     # Without abbreviations: what is not an option of this tool is a field of the configuration.
     tool = _add(tools, "show", show, about, usage=usage, allow_abbrev=False)
     tool.add_argument("file", metavar="FILE", help="a recipe's name or a YAML file")
     procs = "processes that the run will have (default: %(default)s)"
     tool.add_argument("--procs", type=_count, default=1, help=procs)
+    field = "print the value of this field only, for scripts (default: all fields)"
+    tool.add_argument("--field", metavar="SECTION.FIELD", help=field)
+
+
+def _add_doctor(tools) -> None:  # type: ignore[no-untyped-def]
+    usage = "lrpretrain doctor [--config FILE] [--procs N] [--patience_s S] [--section.field VALUE ...]"
+    about = "check this node, and a few steps of a small model in all processes against one"
+    tool = _add(tools, "doctor", doctor, about, usage=usage, allow_abbrev=False)
+    procs = "processes to start (default: one for each GPU, or 2 on a CPU; 1 for engine.kind=local)"
+    tool.add_argument("--procs", type=_count, help=procs)
+    patience = "seconds that they have for it (default: %(default)s)"
+    tool.add_argument("--patience_s", type=float, default=600.0, help=patience)
 
 
 def _add_tokenizer(tools) -> None:  # type: ignore[no-untyped-def]

@@ -27,6 +27,13 @@ class ModelConfig:
     """A shipped model config (llama_60m) or the path of a Hugging Face config.json."""
     init_from: str | None = None
     """A Hugging Face folder with model*.safetensors of that model, to start from. Default: random weights."""
+    checkpointing: Literal["none", "full", "selective"] = "none"
+    """What backward computes again instead of keeping it: full: all inside a decoder block; selective: all
+    but matmuls and attention."""
+    checkpoint_every: int = 1
+    """full, selective: decoder blocks from one that does so to the next. 1: all do."""
+    loss_chunk: int = 4096
+    """Tokens of a micro-batch whose logits exist at a time. 0: all."""
 
 
 @dataclass
@@ -167,6 +174,10 @@ class TrainConfig:
     """Largest norm of the raw gradient (default: no clipping)."""
     prompt: str | None = None
     """A line that the model continues at each evaluation."""
+    profile_steps: int = 0
+    """Steps that torch.profiler records on the first process, for run.dir/profile. 0: none."""
+    profile_from: int = 10
+    """Steps after the start, or after a resume, before the recorded ones."""
 
 
 @dataclass
@@ -184,6 +195,13 @@ class EngineConfig:
     the processes: the optimizer then communicates nothing for them."""
     accumulate_unsharded: bool = False
     """fsdp: keep whole gradients over the micro-batches of a step and communicate once."""
+    reshard_after_forward: bool = True
+    """fsdp: drop the gathered weights of a decoder block after its forward, and gather them again for its
+    backward: less memory, more communication."""
+    prefetch_blocks: int = 0
+    """fsdp: decoder blocks that are gathered ahead of the one that runs. 0: as FSDP2 does by itself."""
+    compile: bool = False
+    """Compile the decoder blocks with torch.compile; it takes a C++ compiler."""
     timeout_s: float = 1800.0
     """Seconds after which a collective that does not end takes the job down."""
 

@@ -117,7 +117,7 @@ def difference(ours, theirs):
     losses = [abs(a - b) / abs(b) for kind in (0, 1) for a, b in zip(ours[kind], theirs[kind], strict=True)]
     assert ours[2].keys() == theirs[2].keys()
     weights = [float((ours[2][n] - w).norm() / w.norm()) for n, w in theirs[2].items()]
-    return max(losses, default=0.0), max(weights)
+    return tuple(float(torch.tensor(each or [0.0]).max()) for each in (losses, weights))  # NaN counts
 
 
 BFLOAT16 = {"precision": {"compute": "bfloat16"}}  # zero1: with BF16_Optimizer, for its float32 accumulation

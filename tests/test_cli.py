@@ -38,7 +38,7 @@ def run(capsys):
     return run
 
 
-TOOLS = ["show", "tokenizer train", "tokenize", "download", "generate"]
+TOOLS = ["show", "doctor", "tokenizer train", "tokenize", "download", "generate"]
 
 
 @pytest.mark.parametrize("tool", ["", *TOOLS])
@@ -77,6 +77,15 @@ def test_show(run):
     assert code == 0
     assert "steps: 7000" in out
     assert "2 processes × 8 micro-batch × 1 accumulation × 128 tokens = 2,048 tokens per step" in out
+
+
+def test_show_one_field(run):
+    argv = ["show", "llama_toy_galore", "--field", "run.dir", "--run.dir", "runs of mine/first"]
+    assert run(*argv) == (0, "runs of mine/first\n", "")
+    for name in ("run.folder", "runs.dir", "run", "run."):
+        code, out, err = run("show", "llama_toy_galore", "--field", name)
+        assert (code, out) == (2, "")
+        assert f"--field {name} is not a field" in err
 
 
 def test_show_says_all_that_is_wrong(run):

@@ -270,6 +270,8 @@ def test_defaults_and_valid_combinations_have_no_problems():
     for values, n_procs in (
         ({"engine": {"kind": "fsdp"}, "precision": {"compute": "bfloat16"}}, 1),
         ({"engine": {"kind": "fsdp", "accumulate_unsharded": True}}, 8),
+        ({"engine": {"kind": "fsdp", "reshard_after_forward": False, "prefetch_blocks": 2}}, 8),
+        ({"model": {"checkpointing": "selective", "checkpoint_every": 2, "loss_chunk": 0}}, 1),
         ({"engine": {"kind": "ddp"}, "precision": {"compute": "bfloat16", "params": "bfloat16"}}, 2),
         ({"engine": {"kind": "zero", "ds_config": "zero3"}, "precision": {"compute": "bfloat16"}}, 2),
         ({"engine": {"kind": "zero"}}, 1),
@@ -291,6 +293,9 @@ def test_defaults_and_valid_combinations_have_no_problems():
 
 NAN = float("nan")
 OUT_OF_RANGE = {
+    "model.checkpoint_every": [0],
+    "model.loss_chunk": [-1],
+    "engine.prefetch_blocks": [-1],
     "data.seq_len": [0, -1, 1],
     "data.lanes": [0],
     "data.prefetch": [0],
@@ -314,6 +319,8 @@ OUT_OF_RANGE = {
     "train.save_every": [-1],
     "train.keep_checkpoints": [-1],
     "train.warmup_steps": [-1],
+    "train.profile_steps": [-1],
+    "train.profile_from": [-1],
     "train.min_lr_ratio": [-0.1, 1.1, NAN],
     "train.clip_norm": [0.0, -1.0, NAN],
 }
@@ -351,6 +358,12 @@ TOGETHER = {
         1,
         ["engine.accumulate_unsharded"],
     ),
+    "choices of FSDP2 under ZeRO": (
+        {"engine": {"kind": "zero", "reshard_after_forward": False, "prefetch_blocks": 1}},
+        2,
+        ["engine.reshard_after_forward", "engine.prefetch_blocks"],
+    ),
+    "every second block of none": ({"model": {"checkpoint_every": 2}}, 1, ["model.checkpoint_every"]),
     "mixed precision without fsdp": ({"precision": {"compute": "bfloat16"}}, 1, ["precision.compute"]),
     "float32 over bfloat16": (
         {"precision": {"params": "bfloat16"}, "engine": {"kind": "fsdp"}},
@@ -401,6 +414,11 @@ TOGETHER = {
         1,
         ["model.init_from"],
     ),
+    "a profile of steps that never come": (
+        {"train": {"profile_steps": 1, "profile_from": 10_000}},
+        1,
+        ["train.profile_from"],
+    ),
     "a mask of padded rows": ({"data": {"document_mask": True}}, 1, ["data.document_mask"]),
     "files without a path": ({"data": {"source": "files", "tokenizer": "a"}}, 1, ["data.path"]),
     "tokens without a path": ({"data": {"source": "tokens"}}, 1, ["data.path"]),
@@ -418,6 +436,14 @@ TOGETHER = {
 @pytest.mark.parametrize(("values", "n_procs", "keys"), TOGETHER.values(), ids=TOGETHER)
 def test_combinations_that_cannot_work_are_refused(values, n_procs, keys):
     assert_refused(from_dict(values), n_procs, keys)
+
+
+def test_compilation_needs_a_compiler(monkeypatch):
+    config = from_dict({"engine": {"compile": True}})
+    monkeypatch.setenv("CXX", "sh")
+    assert check(config, 1) == []
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert_refused(config, 1, ["engine.compile"])
 
 
 def assert_refused(config, n_procs, keys):

@@ -89,7 +89,9 @@ quickstarts = pytest.mark.skipif(
 SCRIPT = ["bash", ROOT / "launch" / "quickstart.sh"]
 
 
-@pytest.mark.parametrize("script", ["launch/quickstart.sh", "launch/environment.sh", "tests/run.sh"])
+@pytest.mark.parametrize(
+    "script", [*sorted(ROOT.glob("launch/*.s*")), ROOT / "tests" / "run.sh"], ids=lambda path: path.name
+)
 def test_the_scripts_are_bash(script):
     assert (
         subprocess.run(["bash", "-n", ROOT / script], capture_output=True, text=True, check=True).stderr == ""

@@ -74,11 +74,29 @@ def exists(line):
     assert (Path(sys.prefix) / Path(name).relative_to(".venv")).is_file()
 
 
+def launcher(line):
+    """Read the recipe and settings that a launch script gets; test_launch_scripts.py starts such scripts."""
+    _, path, recipe, *options = shlex.split(line)
+    assert subprocess.run(["bash", "-n", ROOT / path], check=True).returncode == 0
+    engine = {"fsdp.sh": "fsdp", "zero.sh": "zero"}[Path(path).name]
+    read, problems = config.parse(["--config", recipe, "--engine.kind", engine, *options])
+    assert [*problems, *plan.problems(read, 2)] == []
+
+
+def doctor(line):
+    """Read the configuration that the doctor gets; test_doctor.py runs it."""
+    read, problems = config.parse(shlex.split(line)[2:])
+    assert [*problems, *plan.problems(read, 2)] == []
+
+
 # How a command is tried, by how it begins. The scripts run in test_launch.py, and run.sh around us.
 TRIED = {
     "bash launch/quickstart.sh": script,
     "bash launch/environment.sh": script,
     "bash tests/run.sh": script,
+    "bash launch/fsdp.sh ": launcher,
+    "bash launch/zero.sh ": launcher,
+    "lrpretrain doctor ": doctor,
     "source .venv/bin/activate": exists,
     "tensorboard --logdir ": exists,
     "python -m lrpretrain.pretrain ": lambda line: train(line, 1),

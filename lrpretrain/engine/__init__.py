@@ -10,7 +10,7 @@ from lrpretrain.engine.base import Engine, Mask, Step
 from lrpretrain.engine.fsdp import FSDP
 from lrpretrain.engine.local import DDP, Local
 from lrpretrain.engine.zero import Zero
-from lrpretrain.model import llama
+from lrpretrain.model import blocks, llama
 from lrpretrain.optim import groups
 from lrpretrain.sharding.procs import Procs
 
@@ -34,12 +34,14 @@ def build_engine(
         engine.compute = dtypes[config.precision.compute]
         engine.accumulate_unsharded = config.engine.accumulate_unsharded
         engine.replicas = config.engine.replicas
+        engine.reshard_after_forward = config.engine.reshard_after_forward
+        engine.prefetch_blocks = config.engine.prefetch_blocks
         if config.engine.shard_columns:
             engine.by_columns = groups.projected_on_the_left(llama.shapes(model), config.optim)
     if isinstance(engine, Zero):
         engine.ds_config = ds_config.load(config, procs.n_procs)
         engine.projected = groups.projected(llama.shapes(model), config.optim)
-    engine.lay_out()
+    _lay_out(engine, config)
     engine.holdings = engine.hold()
     std = model.config.initializer_range
     init_from = config.model.init_from
@@ -50,3 +52,16 @@ def build_engine(
     params = ((h.name, h.param) for h in engine.holdings)
     engine.optimizer = groups.build_optimizer(params, config.optim, model.config.hidden_size)
     return engine
+
+
+def _lay_out(engine: Engine, config: Config) -> None:
+    """Checkpoint, compile and shard the model, in this order.
+
+    The checkpoint lies inside what is compiled, so that the compiler sees what is computed again. Both act
+    on blocks as they are, whose code is compiled once for all. Engines come last: their hooks, which gather
+    parameters, stand around the other two.
+    """
+    blocks.recompute(engine.model, config.model.checkpointing, config.model.checkpoint_every)
+    if config.engine.compile:
+        blocks.compile(engine.model)
+    engine.lay_out()

@@ -10,9 +10,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers import LlamaForCausalLM
 
-from lrpretrain.model.loss import token_loss_sum
+from lrpretrain.model.llama import Llama
 from lrpretrain.optim import ShardedOptimizer
 from lrpretrain.sharding import Holding, Piece, hold
 from lrpretrain.sharding.procs import Procs
@@ -39,9 +38,7 @@ class Engine:
     (b, 1, l, l) from token ids (b, l); None is plain causal attention. Methods are collective.
     """
 
-    def __init__(
-        self, model: LlamaForCausalLM, procs: Procs, device: torch.device, pad_id: int, mask: Mask | None
-    ):
+    def __init__(self, model: Llama, procs: Procs, device: torch.device, pad_id: int, mask: Mask | None):
         self.model = model
         self.forward: nn.Module = model
         self.procs = procs
@@ -117,10 +114,11 @@ class Engine:
         return self._loss_sum(ids)
 
     @torch.no_grad()
+    @torch.compiler.set_stance("force_eager")  # other lengths would be compiled anew
     def next_logits(self, ids: Tensor) -> Tensor:
         """Return the logits after the last of the ids (1, l), shaped (v,); the same ids on every process."""
         self.forward.eval()
-        logits: Tensor = self.forward(input_ids=ids.to(self.device)).logits
+        logits: Tensor = self.forward(input_ids=ids.to(self.device), logits_to_keep=1).logits
         return logits[0, -1].float()
 
     def total(self, value: Tensor) -> Tensor:
@@ -158,5 +156,6 @@ class Engine:
         ids = ids.to(self.device)
         mask = {} if self.mask is None else {"attention_mask": self.mask(ids)}
         # Padding lies on the right, where causal attention never looks from a token that counts.
-        logits = self.forward(input_ids=ids, **mask).logits
-        return token_loss_sum(logits, ids.masked_fill(ids == self.pad_id, -100))
+        labels = ids.masked_fill(ids == self.pad_id, -100)
+        loss_sum: Tensor = self.forward(input_ids=ids, labels=labels, **mask)
+        return loss_sum

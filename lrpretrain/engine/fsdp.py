@@ -21,6 +21,8 @@ class FSDP(Engine):
     compute: torch.dtype = torch.float32
     accumulate_unsharded: bool = False
     replicas: int = 1
+    reshard_after_forward: bool = True
+    prefetch_blocks: int = 0
     by_columns: frozenset[str] = frozenset()
 
     def lay_out(self) -> None:
@@ -39,10 +41,17 @@ class FSDP(Engine):
 
         # Reduction in float32: gradients rounded before they are added up cost accuracy, the wires are fast.
         policy = MixedPrecisionPolicy(param_dtype=self.compute, reduce_dtype=torch.float32)
-        for block in self.model.model.layers:
-            fully_shard(block, mesh=mesh, mp_policy=policy, shard_placement_fn=place)
+        blocks, reshard = list(self.model.model.layers), self.reshard_after_forward
+        for block in blocks:
+            fully_shard(
+                block, mesh=mesh, mp_policy=policy, shard_placement_fn=place, reshard_after_forward=reshard
+            )
         fully_shard(self.model, mesh=mesh, mp_policy=policy, shard_placement_fn=place)
         materialize(self.model, self.device)
+        if ahead := self.prefetch_blocks:
+            for i, block in enumerate(blocks):
+                block.set_modules_to_forward_prefetch(blocks[i + 1 : i + 1 + ahead])
+                block.set_modules_to_backward_prefetch(blocks[max(i - ahead, 0) : i][::-1])
 
     @contextlib.contextmanager
     def accumulation(self, last: bool) -> Iterator[None]:

@@ -64,6 +64,10 @@ class Zero(Engine):
                 deepspeed.zero.Init(module=module, config_dict_or_path=self.ds_config)
 
             materialize(self.model, self.device, each=partition)
+            # Blocks are gathered whole, as under FSDP2: no hook within them stops the compiler. Not with
+            # frozen weights (DoRA), which DeepSpeed then lets go before their norms' gradient is taken.
+            if all(param.requires_grad for param in self.model.parameters()):
+                deepspeed.utils.set_z3_leaf_modules(self.model, [type(self.model.model.layers[0])])
         else:
             materialize(self.model, self.device)
         # What a rule treats as matrices is a group by itself, so that it is spread evenly. LORO's factors lie

@@ -7,6 +7,7 @@ block of 128 rows that it lies in, never on the layout.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Callable, Iterable
@@ -20,12 +21,28 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from lrpretrain.config import Config, ModelConfig, find_shipped, shipped_names
 from lrpretrain.errors import ConfigError, Problem
 from lrpretrain.model.dora import adapt, initial_A_std, row_norms
+from lrpretrain.model.loss import token_loss_sum
 from lrpretrain.model.lowrank import FACTORS, factorize, initial_factor
 from lrpretrain.model.pretrained import Pretrained
 from lrpretrain.optim.groups import matched
 from lrpretrain.sharding import Holding, Tile
 
 BLOCK_ROWS = 128
+
+
+class Llama(LlamaForCausalLM):
+    """transformers' model, which takes the loss within its forward, where the head's weights are gathered."""
+
+    loss_chunk = 0
+    """Tokens whose logits exist at a time where there are labels. 0: all."""
+
+    @functools.wraps(LlamaForCausalLM.forward, assigned=())  # `generate` looks at the signature
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None, **options: Any) -> Any:  # type: ignore[override]
+        """Return the sum of the token losses of `labels`; without them, what transformers' model returns."""
+        if labels is None:
+            return super().forward(input_ids, **options)
+        hidden = self.model(input_ids, **options).last_hidden_state
+        return token_loss_sum(self.lm_head, hidden, labels, self.loss_chunk)
 
 
 def load_config(model: ModelConfig) -> LlamaConfig:
@@ -66,17 +83,18 @@ def load_config(model: ModelConfig) -> LlamaConfig:
     return LlamaConfig(**values)
 
 
-def build(config: LlamaConfig, dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
+def build(config: LlamaConfig, dtype: torch.dtype = torch.float32) -> Llama:
     """Return the model on the meta device: names and shapes, no memory. Attention is SDPA."""
     with torch.device("meta"):
-        model = LlamaForCausalLM._from_config(config, attn_implementation="sdpa")
+        model = Llama._from_config(config, attn_implementation="sdpa")
     model.config.use_cache = False  # training never reads the keys and values again
     return model.to(dtype)
 
 
-def configured(config: Config, dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
+def configured(config: Config, dtype: torch.dtype = torch.float32) -> Llama:
     """Return the model of a run on the meta device: with low-rank or DoRA layers if its rule wants them."""
     model = build(load_config(config.model), dtype)
+    model.loss_chunk = config.model.loss_chunk
     if config.optim.rule == "loro":
         factorize(model, matched(shapes(model), config.optim), config.optim.init)
     if config.optim.mode == "dora":

@@ -66,7 +66,7 @@ class GaLore:
 
     def __init__(self) -> None:
         self.refreshes: list[Refresh] = []
-        self._drawn: dict[tuple[str, ...], tuple[list[int], Tensor]] = {}
+        self._drawn: dict[str, tuple[int, Tensor]] = {}  # random bases and their turns
 
     def transposed(self, shape: Sequence[int], hp: Group) -> bool:
         """Say whether matrices of this shape are handled as their transposes."""
@@ -141,14 +141,16 @@ class GaLore:
         return s["basis"] if "basis" in s else self._draw(G, self._turns(s, hp), hp)
 
     def _draw(self, G: Matrices, turns: list[int], hp: Group) -> Tensor:
-        """Return random bases; kept until the next refresh unless the placement is `seeded`."""
-        key = tuple(G.names)
-        drawn = self._drawn.get(key)
-        if drawn is None or drawn[0] != turns:
-            drawn = turns, leading_subspace(G, hp["rank"], "random", None, turns).to(G.dtype)
-            if hp["placement"] != "seeded":
-                self._drawn[key] = drawn
-        return drawn[1]
+        """Return random bases (b, n, r); kept until the next refresh unless the placement is `seeded`."""
+        bases = []
+        for i, (name, turn) in enumerate(zip(G.names, turns, strict=True)):
+            drawn = self._drawn.get(name)
+            if drawn is None or drawn[0] != turn:
+                drawn = turn, leading_subspace(G[[i]], hp["rank"], "random", None, [turn])[0].to(G.dtype)
+                if hp["placement"] != "seeded":
+                    self._drawn[name] = drawn
+            bases.append(drawn[1])
+        return torch.stack(bases)
 
     def _refresh(self, G: Matrices, s: dict[str, Tensor], due: list[int], hp: Group) -> None:
         """Find bases from the gradients G; all of these matrices have one already, or none has."""
@@ -164,7 +166,7 @@ class GaLore:
                 A, P = leading_subspaces(G, hp["rank"])
                 s["basis_left"][due] = A.to(G.dtype)
             else:
-                P = leading_subspace(G, hp["rank"], hp["subspace"], old, turns)
+                P = G.agreed(leading_subspace(G, hp["rank"], hp["subspace"], old, turns))
             s["basis"][due] = P.to(G.dtype)
         if old is not None and hp["moments_at_refresh"] == "reset":
             for key in ("exp_avg", "exp_avg_sq", "age"):
@@ -196,7 +198,8 @@ class GaLoreAdamW(ShardedOptimizer):
     rotate (keep; not with full); `placement` under sharding: auto, aligned, owner or seeded (auto).
     A rank above min(m, n) is clamped with a warning.
 
-    Supported: plain tensors and DTensors with one sharded dimension, float32, float64 and bfloat16.
+    Supported: plain tensors, DTensors with one sharded dimension and shards of ZeRO's masters, in float32,
+    float64 and bfloat16. With proj_type full bases are found by SVD, whatever `subspace` says.
     Raises ConfigError for an unknown or impossible option.
     """
 

@@ -156,8 +156,9 @@ class GradNormLoRPAdamW(ShardedOptimizer):
     dora         plain GaLore: give it the lora_A and lora_B of model.dora's layers with a `rank`, and their
                  magnitudes without one.
 
-    Supported: plain tensors and DTensors with one sharded dimension, float32 and float64; bfloat16 weights
-    are rounded three times a step. Raises ConfigError for an unknown or impossible option.
+    Supported: plain tensors, DTensors with one sharded dimension and shards of ZeRO's masters, in float32 and
+    float64; bfloat16 weights are rounded three times a step. Raises ConfigError for an unknown or impossible
+    option.
     """
 
     def __init__(

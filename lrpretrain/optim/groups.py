@@ -64,8 +64,8 @@ def problems(shapes: Mapping[str, tuple[int, ...]], optim: OptimConfig) -> list[
     if optim.side == "full" and optim.moments_at_refresh == "rotate":
         reason = "is not defined for optim.side=full"
         found.append(Problem("optim.moments_at_refresh", "rotate", reason, "Use keep or reset"))
-    if optim.placement == "seeded" and optim.subspace != "random":
-        reason = f"draws random bases anew, and optim.subspace={optim.subspace}"
+    if optim.placement == "seeded" and (optim.subspace != "random" or optim.side == "full"):
+        reason = f"draws random bases anew: optim.subspace={optim.subspace}, optim.side={optim.side}"
         found.append(Problem("optim.placement", "seeded", reason, "Use auto, or optim.subspace=random"))
     if optim.placement == "aligned" and optim.side == "full":
         reason = "optim.side=full needs whole matrices"

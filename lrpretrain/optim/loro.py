@@ -211,10 +211,10 @@ class LOROAdamW(ShardedOptimizer):
         numbered = enumerate(zip(self._factors["lowrank_in"], self._factors["lowrank_out"], strict=True))
         pairs = {i: (a, b) for i, (a, b) in numbered if a.param.grad is not None and b.param.grad is not None}
         steps: dict[Tensor, tuple[Tensor, float, float, float]] = {}  # of each factor: d, η_t, c, 1 − η_t λ
-        for kind in (0, 1):
-            factors = [pair[kind] for pair in pairs.values()]
+        for group in self.param_groups:
+            factors = [h for pair in pairs.values() for h in pair if groups[h.param] is group]
             if factors:
-                steps |= self._directions(factors, groups[factors[0].param])
+                steps |= self._directions(factors, group)
         exact = {i: pair for i, pair in pairs.items() if self._is_exact(pair[1], i)}
         lazy = [h for i, pair in pairs.items() if i not in exact for h in pair]
         _lazy_step([h.weight for h in lazy], [steps[h.param] for h in lazy])
@@ -257,7 +257,10 @@ class LOROAdamW(ShardedOptimizer):
         ds = [steps[h.param][0] for h in holdings]
         weights = [h.weight for h in holdings]
         if holdings[0].group is None:
-            self._exact_whole(pairs, weights, ds, steps)
+            wholes, whole_ds = (
+                [t.view(h.shape) for h, t in zip(holdings, x, strict=True)] for x in (weights, ds)
+            )
+            self._exact_whole(pairs, wholes, whole_ds, steps)
             return
         owners = [self._owners[i] for i in pairs for _ in "AB"]
         exchange = Exchange(holdings, owners)
@@ -304,6 +307,8 @@ class LOROAdamW(ShardedOptimizer):
             raise ConfigError(
                 ["lowrank_in and lowrank_out must hold as many matrices, (n, r) and (m, r), in one order."]
             )
+        if len({h.group for h in ins + outs}) > 1:
+            raise ConfigError(["the factors lie on several meshes. Shard all of them over one group."])
         self._paired, self._owners = len(outs), []
         self.placements.clear()
         if not outs or outs[0].group is None:

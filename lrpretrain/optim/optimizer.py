@@ -22,7 +22,7 @@ from lrpretrain.optim.adamw import adamw
 from lrpretrain.optim.rule import Rule, Slot
 from lrpretrain.optim.subspace import METHODS
 from lrpretrain.sharding import Holding, Piece, hold
-from lrpretrain.sharding.algebra import Matrices
+from lrpretrain.sharding.algebra import CHUNK_BYTES, Matrices
 from lrpretrain.sharding.placement import PLACEMENTS, Exchange, assign, choose
 from lrpretrain.sharding.procs import Procs
 
@@ -47,24 +47,31 @@ class Batch:
     def update(self, rule: Rule) -> None:
         """Apply the rule to the matrices that have a gradient, then weight decay if that is not its own."""
         have = [i for i, h in enumerate(self.holdings) if h.param.grad is not None]
-        if not have:
-            return
-        holdings = [self.holdings[i] for i in have]
-        rows = [row for row, i in enumerate(self.kept) if i in have]
-        state = self.state
-        if len(rows) < len(self.kept):
-            state = {key: tensor[rows] for key, tensor in self.state.items()}
-        if self.owners is None:
-            W, G = (kind(holdings, self.transposed) for kind in (Matrices.weights, Matrices.gradients))
-            rule.update(W, G, state, self.group)
-        else:
-            self._update_at_owners(rule, holdings, [self.owners[i] for i in have], state)
-        if self.group["weight_decay"] and not rule.decays:
+        for which in [have] if self.owners is None else self._chunks(have):
+            chosen = set(which)
+            rows = [row for row, i in enumerate(self.kept) if i in chosen]
+            # A view where the rows are together, as they are unless gradients are missing.
+            together = not rows or rows == list(range(rows[0], rows[-1] + 1))
+            index = slice(rows[0], rows[-1] + 1) if rows and together else rows
+            state = {key: tensor[index] for key, tensor in self.state.items()}
+            holdings = [self.holdings[i] for i in which]
+            if self.owners is not None:
+                self._update_at_owners(rule, holdings, [self.owners[i] for i in which], state)
+            elif holdings:
+                W, G = (kind(holdings, self.transposed) for kind in (Matrices.weights, Matrices.gradients))
+                rule.update(W, G, state, self.group)
+            if not together:
+                for key, tensor in state.items():
+                    self.state[key][rows] = tensor
+        if have and self.group["weight_decay"] and not rule.decays:
             decay = 1 - self.group["lr"] * self.group["weight_decay"]
-            torch._foreach_mul_([h.weight for h in holdings], decay)
-        if state is not self.state:
-            for key, tensor in state.items():
-                self.state[key][rows] = tensor
+            torch._foreach_mul_([self.holdings[i].weight for i in have], decay)
+
+    def _chunks(self, which: list[int]) -> list[list[int]]:
+        """Cut the matrices so that the whole ones of a process take CHUNK_BYTES at a time."""
+        h = self.holdings[0]
+        count = max(1, CHUNK_BYTES * len(h.spread) // (math.prod(h.shape) * h.param.element_size()))
+        return [which[i : i + count] for i in range(0, len(which), count)]
 
     def _update_at_owners(
         self, rule: Rule, holdings: list[Holding], owners: list[int], state: dict[str, Tensor]
@@ -78,6 +85,7 @@ class Batch:
             own = [hold(holdings[i].name, new) for i, new in zip(exchange.mine, news, strict=True)]
             W = Matrices.weights(own, self.transposed)
             rule.update(W, Matrices(own, grads, self.transposed), state, self.group)
+        del grads
         for weight, new in zip(weights, exchange.scatter(news), strict=True):
             if rule.reads_weights:
                 weight.copy_(new.view_as(weight))
@@ -304,10 +312,11 @@ class ShardedOptimizer(torch.optim.Optimizer):
         counters = {key: Slot(torch.empty(0, dtype=torch.int64), (), ()) for key in ("step", "phase")}
         for i in set(range(len(batch.holdings))) - set(batch.kept):
             h = batch.holdings[i]
-            pieces = {
-                key: Piece(torch.empty(0, dtype=slot.tensor.dtype, device=h.param.device), slot.shape, ())
-                for key, slot in {**model, **counters}.items()
-            }
+            pieces = {}
+            for key, slot in {**model, **counters}.items():
+                device = h.param.device if slot.tensor.is_meta else slot.tensor.device
+                nothing = torch.empty(0, dtype=slot.tensor.dtype, device=device)
+                pieces[key] = Piece(nothing, slot.shape, ())
             self._register(h, pieces)
         self._batches.append(batch)
 
@@ -319,12 +328,11 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     def _gradients_are_finite(self) -> bool:
         holdings = [h for _, hs in self._regular for h in hs] + [h for b in self._batches for h in b.holdings]
-        ready = [h for h in holdings if h.param.grad is not None]
-        if not ready:
+        if not holdings:
             return True
-        grads = [grad for h in ready if (grad := _grad(h)).numel()]
+        grads = [grad for h in holdings if (grad := h.grad) is not None and grad.numel()]
         largest = torch._foreach_norm(grads, ord=math.inf) if grads else [torch.zeros(())]
-        broken = (~torch.isfinite(torch.stack(largest))).any().float().to(ready[0].param.device)
+        broken = (~torch.isfinite(torch.stack(largest))).any().float().to(holdings[0].param.device)
         for group in dict.fromkeys(h.group for h in holdings if h.group is not None):
             dist.all_reduce(broken, group=group)
         return not bool(broken)

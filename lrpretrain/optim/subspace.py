@@ -19,12 +19,12 @@ of the refresh, never on the layout.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from lrpretrain.sharding.algebra import Matrices
+from lrpretrain.sharding.algebra import CHUNK_BYTES, Matrices
 
 METHODS = ("svd", "gram", "warm", "randomized", "random")
 COLD_ITERATIONS = 4
@@ -43,8 +43,8 @@ def leading_subspace(
     if method == "svd":
         return leading_subspaces(G, rank)[1]
     if method == "gram":
-        _, V = torch.linalg.eigh(G.gram())  # ascending
-        P = V[:, :, -rank:].flip(-1)
+        leading = [_eigenvectors(part.gram(part.largest()))[:, :, -rank:] for part in _parts(G)]  # ascending
+        P = torch.cat(leading).flip(-1)
     elif method == "random":
         P = torch.linalg.qr(_draw(G, rank, turns)).Q
     elif method == "randomized":
@@ -61,7 +61,8 @@ def leading_subspace(
 def leading_subspaces(G: Matrices, rank: int) -> tuple[Tensor, Tensor]:
     """Return the leading left and right singular vectors (b, m, rank) and (b, n, rank), by SVD."""
     U, V = [], []
-    for matrix in G.whole().float():  # a batched SVD on a GPU loses accuracy for large matrices
+    # One by one: a batched SVD on a GPU loses accuracy for large matrices.
+    for matrix in (matrix for part in _parts(G) for matrix in part.whole().float()):
         # The signs of singular vectors are LAPACK's whim: decompose the matrix as the authors see it.
         u, vh = _svd(matrix.T if G.transposed else matrix)
         U.append(u[:, :rank])
@@ -81,12 +82,27 @@ def _iterate(G: Matrices, X: Tensor, iterations: int) -> Tensor:
     """Return the Ritz vectors of GᵀG in the range of (GᵀG)^iterations X, by falling Ritz value."""
     own = G.dtype
     dtype = torch.promote_types(own, torch.float32)
+    scale = G.largest()[:, None, None].to(own)  # so that squares of small gradients do not vanish
     for _ in range(iterations):
-        Y = G.t_matmul(G @ X.to(own))  # (b, n, r)
+        Y = G.t_matmul((G @ X.to(own)) / scale) / scale  # (b, n, r)
         X = torch.linalg.qr(Y.to(dtype)).Q
-    B = (G @ X.to(own)).to(dtype)  # (b, m', r)
-    _, V = torch.linalg.eigh(G.inner(B, B))  # ascending
-    return X @ V.flip(-1)
+    B = ((G @ X.to(own)) / scale).to(dtype)  # (b, m', r)
+    return X @ _eigenvectors(G.inner(B, B)).flip(-1)
+
+
+def _parts(G: Matrices) -> Iterator[Matrices]:
+    """Yield the batch in parts of which whole and Gram matrices take CHUNK_BYTES."""
+    count = max(1, CHUNK_BYTES // (4 * max(G.shape) * G.shape[1]))
+    for begin in range(0, len(G), count):
+        yield G[range(begin, min(begin + count, len(G)))]
+
+
+def _eigenvectors(symmetric: Tensor) -> Tensor:
+    """Return the eigenvectors of symmetric matrices (b, n, n), by rising eigenvalue."""
+    try:
+        return torch.linalg.eigh(symmetric).eigenvectors
+    except torch.linalg.LinAlgError:  # did not converge in float32
+        return torch.linalg.eigh(symmetric.double().cpu()).eigenvectors.to(symmetric)
 
 
 def _draw(G: Matrices, rank: int, turns: Sequence[int]) -> Tensor:

@@ -24,6 +24,8 @@ from torch import Tensor
 
 from lrpretrain.sharding.tiles import Holding, Tile, Tiles
 
+CHUNK_BYTES = 2**30  # of whole matrices that a process has at a time, beyond what it holds
+
 
 class Matrices:
     """A batch of equal-shaped matrices that are all cut alike.
@@ -119,15 +121,29 @@ class Matrices:
                 X[:, rows] = 0
         return self._sum(X.mT @ Y)
 
-    def gram(self) -> Tensor:
-        """Return GᵀG (b, n, n) in float32 or better. Communicates where anything is split."""
+    def gram(self, scale: Tensor) -> Tensor:
+        """Return GᵀG (b, n, n) of G / scale, scale (b,), in float32 or better.
+
+        Communicates where anything is split.
+        """
         dtype = torch.promote_types(self.dtype, torch.float32)
         if self.split == 1 or self._shared:
-            return torch.stack([G.to(dtype).T @ G.to(dtype) for G in self.whole()])
+            whole = (G.to(dtype) / s for G, s in zip(self.whole(), scale, strict=True))
+            return torch.stack([G.T @ G for G in whole])
         out = torch.zeros(len(self), self.shape[1], self.shape[1], dtype=dtype, device=self.device)
         for part in self.parts:
-            out += torch.stack([G.to(dtype).T @ G.to(dtype) for G in part])
+            for at, (G, s) in enumerate(zip(part, scale, strict=True)):
+                scaled = G.to(dtype) / s
+                out[at].addmm_(scaled.T, scaled)
         return self._sum(out)
+
+    def largest(self) -> Tensor:
+        """Return the largest magnitude of each matrix (b,), 1 for zeros. Communicates where it is split."""
+        each = [t.abs().max().float() if t.numel() else t.new_zeros(()).float() for t in self.locals]
+        out = torch.stack(each)
+        if self.group is not None:
+            dist.all_reduce(out, dist.ReduceOp.MAX, group=self.group)
+        return torch.where(out > 0, out, 1)
 
     def square_sum(self) -> Tensor:
         """Return the squared Frobenius norm of each matrix (b,). Communicates where anything is split."""
@@ -139,6 +155,16 @@ class Matrices:
         for tile, part in zip(self.tiles, self.parts, strict=True):
             out[:, tile.span(0), tile.span(1)] = torch.stack(part)
         return self._sum(out)
+
+    def agreed(self, tensor: Tensor) -> Tensor:
+        """Return the tensor as the first replica has it, where matrices are replicated. Communicates then.
+
+        Sums over different groups of processes may be rounded differently; replicas must stay equal.
+        """
+        if (replicas := self.holdings[0].replicas) is not None:
+            tensor = tensor.contiguous()
+            dist.broadcast(tensor, group=replicas, group_src=0)
+        return tensor
 
     def add_lowrank(self, N: Tensor, P: Tensor, alpha: Sequence[float]) -> None:
         """Add alpha N Pᵀ in place, for N (b, m', r) and P (b, n, r). No communication."""

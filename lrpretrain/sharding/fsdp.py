@@ -31,7 +31,9 @@ def hold(name: str, param: DTensor) -> Holding:
     split: int = param.placements[sharded[0]].dim  # type: ignore[attr-defined]
     spread = _spread(tuple(param.shape), split, mesh.size(sharded[0]))
     own, group = spread[mesh.get_local_rank(sharded[0])], mesh.get_group(sharded[0])
-    return Holding(name, param, tuple(param.shape), own, spread, split, group)
+    copies = [i for i in range(mesh.ndim) if i not in sharded and mesh.size(i) > 1]
+    replicas = mesh.get_group(copies[0]) if copies else None
+    return Holding(name, param, tuple(param.shape), own, spread, split, group, replicas=replicas)
 
 
 @functools.cache

@@ -3,7 +3,8 @@
     aligned   every process works on its own tiles: nothing, or a few vectors, travel in an ordinary step,
               but each process keeps the whole basis
     owner     one process has the whole matrix for the time of the update, and keeps its state: two
-              all-to-alls a step for all matrices of a shape, and state that shrinks with the processes
+              all-to-alls a step for the matrices of a shape and param group (more where they take more than
+              a GiB at a time), and state that shrinks with the processes
     seeded    as aligned, with random bases that are drawn anew in every step instead of kept
 
 The choice is a function of shapes and options alone, so that all processes make the same one. The result
@@ -119,7 +120,10 @@ class Exchange:
             for tiles in zip(*(h.spread for h in self._holdings), strict=True)
         ]
         like = self._holdings[0].weight
-        back = [like.new_empty(sum(tile.numel for tile in h.tiles)) for h in self._holdings]
+        back = [
+            like.new_empty(0 if home else sum(tile.numel for tile in h.tiles))
+            for h, home in zip(self._holdings, self._home, strict=True)
+        ]
         self._swap(sent, [[back[i] for i in which] for which in self._travelling], like)
         return [own[i].view(-1) if self._home[i] and i in own else back[i] for i in range(len(back))]
 

@@ -109,7 +109,7 @@ class Holding:
     `spread` is what each process of `group` holds, in its order, and `split` the dimension along which they
     lie side by side (rows for ranges of a flat buffer); without a group every process holds all of it. `even`
     is false where a parameter is cut as it happens to lie in a buffer: then matrices of one shape are cut
-    differently.
+    differently. `replicas` is the group of those that hold the same (HSDP).
     """
 
     name: str
@@ -120,6 +120,7 @@ class Holding:
     split: int | None = None
     group: dist.ProcessGroup | None = None
     even: bool = True
+    replicas: dist.ProcessGroup | None = None
 
     @property
     def weight(self) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import math
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from lrpretrain.errors import EXIT_STOPPED, ConfigError, DataError, NonFiniteErr
 from lrpretrain.sharding.procs import Procs
 from lrpretrain.train.evaluate import Evaluator, continue_prompt, split
 from lrpretrain.train.guard import Guard
+from lrpretrain.train.recorder import recorder
 from lrpretrain.train.schedule import lr_ratio
 
 
@@ -55,20 +57,23 @@ class Trainer:
         Raises DataError where the data ends early or breaks, with a checkpoint saved, and NonFiniteError
         before a gradient that is not finite could touch anything.
         """
+        steps = self.config.train.profile_steps if self.procs.is_first else 0
         try:
-            return self._train()
+            with recorder(self.run_dir.path / "profile", self.config.train.profile_from, steps) as record:
+                return self._train(record)
         except DataError:
             if self.progress.step not in (0, self.progress.saved):
                 self.save()
             raise
 
-    def _train(self) -> int:
+    def _train(self, record: Callable[[int], None]) -> int:
         train, progress = self.config.train, self.progress
         if progress.step == 0 and self.evaluator is not None:
             self._log(self._evaluate())
         while progress.step < train.steps:
             batch = self._next_batch()
             step = self._step(batch)
+            record(progress.step)
             last = progress.step == train.steps
             stops = bool(batch.flags) and not last
             evaluates = train.eval_every > 0 and not stops and (last or progress.step % train.eval_every == 0)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import shutil
 from collections import Counter
 
 import torch
@@ -42,13 +44,8 @@ def problems(config: Config, n_procs: int) -> list[Problem | str]:
 
 def check(config: Config, n_procs: int) -> list[Problem | str]:
     """Return what cannot work in a configuration by itself, without a look at models or data."""
-    data, optim, train, engine, precision = (
-        config.data,
-        config.optim,
-        config.train,
-        config.engine,
-        config.precision,
-    )
+    model, data, optim, train = config.model, config.data, config.optim, config.train
+    engine, precision = config.engine, config.precision
     found: list[Problem | str] = []
 
     def refuse(wrong: bool, key: str, reason: str, remedy: str) -> None:
@@ -60,13 +57,23 @@ def check(config: Config, n_procs: int) -> list[Problem | str]:
     for key in [
         *whole.split(),
         *"optim.adapter_rank train.micro_batch train.global_batch train.log_every train.eval_tokens".split(),
+        "model.checkpoint_every",
     ]:
         section, name = key.split(".")
         refuse(getattr(getattr(config, section), name) < 1, key, "must be at least 1", "Raise it")
-    for key in "train.eval_every train.save_every train.keep_checkpoints train.warmup_steps".split():
-        refuse(getattr(train, key.split(".")[1]) < 0, key, "must not be negative", "0 turns it off")
-    restarts = train.restart_warmup_steps < 0
-    refuse(restarts, "train.restart_warmup_steps", "must not be negative", "0 turns it off")
+    for key in [
+        *"train.eval_every train.save_every train.keep_checkpoints train.warmup_steps".split(),
+        *"train.restart_warmup_steps train.profile_steps model.loss_chunk engine.prefetch_blocks".split(),
+    ]:
+        section, name = key.split(".")
+        refuse(getattr(getattr(config, section), name) < 0, key, "must not be negative", "0 turns it off")
+    refuse(train.profile_from < 0, "train.profile_from", "must not be negative", "0 records the first steps")
+    refuse(
+        train.profile_steps > 0 and train.profile_from >= train.steps,
+        "train.profile_from",
+        f"nothing would be recorded in train.steps={train.steps}",
+        "Lower it",
+    )
     for key, rank in (("optim.attn_rank", optim.attn_rank), ("optim.mlp_rank", optim.mlp_rank)):
         refuse(rank is not None and rank < 1, key, "must be at least 1", "Raise it, or leave it out")
     positive = "optim.lr optim.lr_regular optim.eps optim.scale optim.adapter_alpha engine.timeout_s"
@@ -142,11 +149,25 @@ def check(config: Config, n_procs: int) -> list[Problem | str]:
         f"engine.kind={engine.kind} has no shards to replicate",
         "Use engine.kind=fsdp",
     )
+    of_fsdp = {
+        "accumulate_unsharded": engine.accumulate_unsharded,
+        "reshard_after_forward": not engine.reshard_after_forward,
+        "prefetch_blocks": engine.prefetch_blocks > 0,
+    }
+    for name, chosen in of_fsdp.items():
+        reason = f"engine.kind={engine.kind} has no such choice"
+        refuse(chosen and engine.kind != "fsdp", f"engine.{name}", reason, "Leave it out")
     refuse(
-        engine.accumulate_unsharded and engine.kind != "fsdp",
-        "engine.accumulate_unsharded",
-        f"engine.kind={engine.kind} has no such choice",
-        "Leave it out",
+        model.checkpointing == "none" and model.checkpoint_every > 1,
+        "model.checkpoint_every",
+        "model.checkpointing=none keeps every activation",
+        "Use full or selective, or leave it out",
+    )
+    refuse(
+        engine.compile and shutil.which(os.environ.get("CXX", "g++")) is None,
+        "engine.compile",
+        "there is no C++ compiler here",
+        "Install g++, or name one in the environment variable CXX",
     )
     refuse(
         engine.ds_config is not None and engine.kind != "zero",

@@ -8,6 +8,7 @@ import torch.distributed as dist
 from spawn import spawn
 from tiny import TINY
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.debug import CommDebugMode
 
 from lrpretrain.config import Config, DataConfig, EngineConfig, OptimConfig, PrecisionConfig
 from lrpretrain.data.pack import document_mask
@@ -122,6 +123,35 @@ def test_padding_changes_nothing_and_accumulation_is_exact(tmp_path):
     torch.testing.assert_close(whole, parts, rtol=1e-5, atol=1e-6)
     for p, g in zip(engine.model.parameters(), gradient, strict=True):
         torch.testing.assert_close(p.grad, g, rtol=1e-4, atol=1e-6)
+
+
+def gathers(folder, **policy):
+    """Return how often FSDP2 gathers: until the first block has run, and in a whole micro-batch."""
+    config = tiny_config(folder / str(dist.get_rank()), engine=EngineConfig(kind="fsdp", **policy))
+    engine = build_engine(config, Procs.of_default_group(), torch.device("cpu"), pad_id=0)
+    counts = []
+    with CommDebugMode() as comm:
+
+        def count(*_):
+            counts.append(sum(n for op, n in comm.get_comm_counts().items() if "gather" in str(op)))
+
+        engine.model.model.layers[0].register_forward_hook(count)
+        engine.accumulate([torch.arange(32).view(2, 16)], 30)
+        count()
+    return counts
+
+
+def policies(folder):
+    return gathers(folder), gathers(folder, prefetch_blocks=1), gathers(folder, reshard_after_forward=False)
+
+
+def test_policies_of_fsdp2(tmp_path):
+    for proc in range(2):
+        (tmp_path / str(proc)).mkdir()
+    for plain, prefetch, gathered in spawn(policies, 2, tmp_path):
+        assert plain == [2, 5]  # the root once, both blocks in forward and in backward
+        assert prefetch == [3, 5]
+        assert gathered == [2, 3]
 
 
 def test_a_document_mask_hides_the_documents_before(tmp_path):

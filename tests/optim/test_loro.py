@@ -205,3 +205,36 @@ def test_orth_works_in_bfloat16():
     layer = LowRankLinear(torch.nn.Linear(32, 16, dtype=torch.bfloat16), 4, "orth")
     W = layer.weight_in.float()
     assert float((W.T @ W - torch.eye(4)).abs().max()) < 2e-2
+
+
+def test_every_group_has_its_own_options():
+    torch.manual_seed(0)
+    ins, outs = ([torch.nn.Parameter(torch.randn(5, 2)) for _ in range(2)] for _ in "AB")
+    groups = [
+        {"params": [p], "type": f"lowrank_{kind}", "lr": lr}
+        for kind, params in (("in", ins), ("out", outs))
+        for p, lr in zip(params, (0.1, 0.0), strict=True)
+    ]
+    optimizer = LOROAdamW(groups)
+    before = [p.detach().clone() for p in ins + outs]
+    for p in ins + outs:
+        p.grad = torch.randn_like(p)
+    optimizer.step()
+    assert [torch.equal(a, b) for a, b in zip(before, ins + outs, strict=True)] == [False, True] * 2
+
+
+def test_staggered_exact_steps_are_as_many_and_spread():
+    counts = {}
+    for exact_steps in ("fixed", "staggered"):
+        torch.manual_seed(0)
+        ins, outs = ([torch.nn.Parameter(torch.randn(5, 2)) for _ in range(3)] for _ in "AB")
+        groups = [{"params": ins, "type": "lowrank_in"}, {"params": outs, "type": "lowrank_out"}]
+        optimizer = LOROAdamW(groups, exact_every=6, exact_steps=exact_steps)
+        counts[exact_steps] = []
+        for _ in range(12):
+            for p in ins + outs:
+                p.grad = torch.randn_like(p)
+            optimizer.step()
+            counts[exact_steps].append(optimizer.pop_metrics().get("loro/exact_pairs", 0))
+    assert counts["fixed"] == [0, 0, 0, 0, 0, 3] * 2
+    assert counts["staggered"] == [0, 1, 0, 1, 0, 1] * 2

@@ -187,3 +187,15 @@ def test_an_svd_that_does_not_converge_is_tried_in_float64(monkeypatch):
     for ours, theirs in zip(found, expected, strict=True):
         assert ours.dtype == torch.float32
         torch.testing.assert_close((ours.mT @ theirs).abs(), torch.eye(16)[None], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("method", ["gram", "warm", "randomized"])
+@pytest.mark.parametrize("size", [1e-25, 1e15])
+def test_the_size_of_a_gradient_does_not_matter(method, size):
+    matrix = torch.randn(9, 6, generator=torch.Generator().manual_seed(3))
+    bases = []
+    for factor in (1.0, size):
+        param = torch.nn.Parameter(matrix * factor)
+        G = Matrices.weights([hold("w", param)])
+        bases.append(leading_subspace(G, 3, method, None))
+    torch.testing.assert_close(bases[0], bases[1], rtol=1e-3, atol=1e-3)

@@ -3,22 +3,29 @@
 import itertools
 
 import pytest
-from matrix import LAYOUTS, RULES, bfloat16_losses, bfloat16_steps, compare
+from matrix import LAYOUTS, RULES, bfloat16_losses, bfloat16_steps, compare, configure, train
 from spawn import spawn
 
+from lrpretrain.sharding.procs import Procs
+
 PROCS = dict.fromkeys(LAYOUTS, (2, 3)) | {"hsdp": (2, 4)}  # hsdp: 2 × 1 and 2 × 2
+PROCS |= {layout: (1, 2, 3) for layout in LAYOUTS if layout.startswith("zero")}
 ALL = [
     (n_procs, (rule, layout, micros))
     for layout, counts in PROCS.items()
     for n_procs, rule, micros in itertools.product(counts, RULES, (1, 3))
 ]
 # Every rule on every layout once: the layouts alternate between processes and micro-batches.
-SOME = [
-    (n_procs, (rule, layout, micros))
-    for i, (rule, layout) in enumerate(itertools.product(RULES, LAYOUTS))
-    for n_procs, micros in [((2, 3), (PROCS[layout][1], 1))[i % 2]]
-    if n_procs < 4
-] + [(2, (rule, "hsdp", 3)) for rule in RULES]
+SOME = (
+    [
+        (n_procs, (rule, layout, micros))
+        for i, (rule, layout) in enumerate(itertools.product(RULES, LAYOUTS))
+        for n_procs, micros in [((2, 3), (PROCS[layout][-1], 1))[i % 2]]
+        if n_procs < 4
+    ]
+    + [(2, (rule, "hsdp", 3)) for rule in RULES]
+    + [(1, ("loro", "zero2", 1)), (1, ("galore-std", "zero3", 3))]
+)
 
 
 def check(cases, folder):
@@ -45,7 +52,7 @@ def test_every_rule_on_every_layout(tmp_path):
 
 @pytest.mark.slow
 def test_the_whole_matrix(tmp_path):
-    assert len(check(ALL, tmp_path)) == len(RULES) * len(LAYOUTS) * 4
+    assert len(check(ALL, tmp_path)) == len(RULES) * 2 * sum(map(len, PROCS.values()))
 
 
 def test_bfloat16_over_float32_masters(tmp_path):
@@ -55,7 +62,8 @@ def test_bfloat16_over_float32_masters(tmp_path):
         assert ours.keys() == set(RULES)
         for rule, losses in ours.items():
             assert losses == pytest.approx(alone[rule], rel=2e-2)
-            assert losses != alone[rule]  # it is bfloat16
+            exact = train(configure(tmp_path, rule, "local", 3, 1), Procs())[0]
+            assert losses != pytest.approx(exact, rel=1e-5)  # it is bfloat16
     for differences in spawn(bfloat16_steps, 3, tmp_path, list(RULES)):
         assert differences.keys() == set(RULES)
         assert max(differences.values()) <= 1e-5, differences

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from spawn import spawn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 
 from lrpretrain.errors import ConfigError
@@ -120,7 +120,8 @@ def train_in_buffer(shapes, options, alone):
 
 
 def difference(ours, theirs):
-    return max(float((a - b).norm() / b.norm()) for a, b in zip(ours, theirs, strict=True))
+    each = [(a - b).norm() / b.norm() for a, b in zip(ours, theirs, strict=True)]
+    return float(torch.stack(each).max())  # Python's max may pass over a NaN
 
 
 def some(n_procs):
@@ -196,10 +197,7 @@ def refusals():
     twice = torch.nn.Parameter(distribute_tensor(torch.ones(4, 4), mesh, [Shard(0), Shard(1)]))
     with pytest.raises(ConfigError, match="only Replicate"):
         GaLoreAdamW([{"params": [twice], "rank": 2}])
-    once = torch.nn.Parameter(distribute_tensor(torch.ones(4, 4), mesh, [Replicate(), Shard(0)]))
-    optimizer = GaLoreAdamW([{"params": [once], "rank": 2}])
     value = 1.0 if dist.get_rank() == 0 else float("nan")
-    once.grad = DTensor.from_local(torch.full((4, 4), value), mesh, [Replicate(), Shard(0)], run_check=False)
     sharded = torch.nn.Parameter(
         distribute_tensor(torch.ones(4, 4), init_device_mesh("cpu", (2,)), [Shard(0)])
     )
