@@ -124,6 +124,11 @@ class OptimConfig:
     drawn anew in every step. auto: by shapes and the number of processes, as printed at start."""
     moments_at_refresh: Literal["keep", "reset", "rotate"] = "keep"
     """What becomes of the moments at a refresh."""
+    moments: Literal["float32", "bfloat16", "int8"] | None = None
+    """What the moments are stored in. Default: the dtype of the parameter. int8 (galore, gradnormlorp), block
+    by block, is for projected gradients; the moments of other parameters then have the parameter's dtype."""
+    basis: Literal["float32", "bfloat16"] | None = None
+    """galore, gradnormlorp: what the bases are stored in. Default: the dtype of the parameter."""
     exact_every: int = 500
     """loro: updates between two exact steps. 0: none."""
     refresh_moments: Literal["all", "lrk", "reg", "none"] = "all"

@@ -31,6 +31,14 @@ RULES = {
     # Right after its moments are zeroed, Adam makes steps of rounding: the others, not the factors, feel it.
     "loro": {"rule": "loro", "lr_regular": 0.002},
 }
+STORED = {  # moments and bases in fewer bits than the weights
+    "galore-int8": {"rule": "galore", "moments": "int8"},
+    "gradnormlorp-int8": {"rule": "gradnormlorp", "moments": "int8", "moments_at_refresh": "rotate"},
+    "galore-bfloat16": {"rule": "galore", "moments": "bfloat16", "basis": "bfloat16"},
+    "gradnormlorp-bfloat16": {"rule": "gradnormlorp", "moments": "bfloat16", "basis": "bfloat16"},
+    "loro-bfloat16": RULES["loro"] | {"moments": "bfloat16"},
+    "adamw-bfloat16": RULES["adamw"] | {"moments": "bfloat16"},
+}
 ZERO3 = {"stage": 3, "sub_group_size": 15000}  # several sub-groups
 LAYOUTS = {
     "ddp": ({"kind": "ddp"}, None),
@@ -58,7 +66,7 @@ def configure(folder, rule, layout, micros, n_procs, optim=(), **sections):
     train = {"micro_batch": ROWS // n_procs // micros, "global_batch": ROWS, "clip_norm": 0.5}
     tree = {
         "model": {"config": str(model)},
-        "optim": steps | RULES[rule] | dict(optim),
+        "optim": steps | (RULES | STORED)[rule] | dict(optim),
         "engine": engine,
         "train": train | {"steps": STEPS, "warmup_steps": 0},
     }

@@ -10,6 +10,8 @@ from lrpretrain.config import Config, find_shipped, from_dict, parse, shipped_na
 from lrpretrain.errors import ConfigError
 from lrpretrain.train.plan import check
 
+PURE = {"params": "bfloat16", "compute": "bfloat16"}
+
 
 @pytest.fixture
 def file(tmp_path):
@@ -286,6 +288,12 @@ def test_defaults_and_valid_combinations_have_no_problems():
         ({"optim": {"rule": "gradnormlorp", "mode": "lowrank_wn"}, "engine": {"kind": "fsdp"}}, 1),
         ({"optim": {"rule": "galore", "base": "adafactor"}, "engine": {"kind": "ddp"}}, 2),
         ({"optim": {"rule": "gradnormlorp", "mode": "dora"}, "model": {"init_from": "folder"}}, 1),
+        ({"optim": {"moments": "int8", "basis": "bfloat16"}, "engine": {"kind": "zero"}}, 2),
+        ({"optim": {"rule": "gradnormlorp", "moments": "int8"}, "precision": PURE}, 1),
+        ({"optim": {"rule": "gradnormlorp", "mode": "lowrank_wn", "moments": "bfloat16"}}, 1),
+        ({"optim": {"rule": "loro", "moments": "bfloat16"}, "engine": {"kind": "zero"}}, 2),
+        ({"optim": {"rule": "adamw", "moments": "float32"}, "precision": PURE}, 1),
+        ({"optim": {"base": "adafactor", "moments": "float32", "basis": "bfloat16"}}, 1),
         ({"optim": {"betas": [0, 0.5], "weight_decay": 0, "lr_regular": 1e-9}}, 1),
     ):
         assert check(from_dict(values), n_procs) == [], values
@@ -408,6 +416,18 @@ TOGETHER = {
         1,
         ["optim.base"],
     ),
+    "eight bits without a projection": (
+        {"optim": {"rule": "adamw", "moments": "int8", "basis": "bfloat16"}},
+        1,
+        ["optim.moments", "optim.basis"],
+    ),
+    "eight bits of factors": ({"optim": {"rule": "loro", "moments": "int8"}}, 1, ["optim.moments"]),
+    "eight bits in the authors' mode": (
+        {"optim": {"rule": "gradnormlorp", "mode": "lowrank_wn", "moments": "int8"}},
+        1,
+        ["optim.moments"],
+    ),
+    "eight bits of adafactor": ({"optim": {"base": "adafactor", "moments": "int8"}}, 1, ["optim.moments"]),
     "adapters of no weights": ({"optim": {"rule": "gradnormlorp", "mode": "dora"}}, 1, ["model.init_from"]),
     "factors of dense weights": (
         {"optim": {"rule": "loro"}, "model": {"init_from": "folder"}},

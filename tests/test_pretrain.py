@@ -87,6 +87,32 @@ def test_every_rule_trains_in_bfloat16(bench):
         assert losses[8] < losses[1] - 0.5, rule
 
 
+@pytest.mark.parametrize(("engine", "n_procs"), [("local", 1), ("ddp", 2), ("fsdp", 2)])
+def test_moments_and_bases_have_a_precision_of_their_own_beside_bfloat16(bench, engine, n_procs):
+    pure = dict(precision__params="bfloat16", precision__compute="bfloat16", train__steps=8)
+    kinds = {
+        "int8": ("gradnormlorp", "float32"),
+        "float32": ("galore", "float32"),
+        "bfloat16": ("loro", None),
+    }
+    lines = [
+        bench.options(
+            f"{kind}-{engine}",
+            engine__kind=engine,
+            optim__rule=rule,
+            optim__moments=kind,
+            optim__basis=basis,
+            optim__exact_every=3,
+            **pure,
+        )
+        for kind, (rule, basis) in kinds.items()
+    ]
+    assert launch(n_procs, lines) == [0] * len(kinds)
+    for kind in kinds:
+        losses = bench.losses(f"{kind}-{engine}")
+        assert losses[8] < losses[1] - 0.5, kind
+
+
 def test_a_complete_run_says_so(bench, uninterrupted):
     argv = bench.options("uninterrupted", train__steps=60, train__save_every=7)
     code, output = finish(argv)
@@ -347,6 +373,7 @@ def test_a_resume_asks_for_the_same_variant_of_the_rule_where_the_checkpoint_kno
     options = dict(run__resume=path, train__steps=61)
     other = dict(optim__base="adafactor", optim__adapter_rank=4, optim__adapter_alpha=8)
     words = ["optim.base", "'adamw'", "optim.adapter_rank", "optim.adapter_alpha", "16.0"]
+    fails(capfd, bench.options("other", **options, optim__moments="int8"), 2, "optim.moments='int8'", "None")
     fails(capfd, bench.options("other", **options, **other), 2, *words)
     options |= dict(optim__rule="gradnormlorp", optim__mode="lowrank_wn")
     fails(capfd, bench.options("other", **options), 2, "optim.rule", "optim.mode", "'weightnorm'")

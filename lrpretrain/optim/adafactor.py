@@ -112,8 +112,8 @@ def _zeros(like: Tensor, shape: tuple[int, ...]) -> Tensor:
 class GaLoreAdafactor(ShardedOptimizer):
     """GaLore with Adafactor; takes the param groups of `galore_torch`, and its arguments.
 
-    Groups with a `rank` are projected, with the options of `GaLoreAdamW` but for `moments_at_refresh`; the
-    others are plain Adafactor. `lr` or relative_step, not both.
+    Groups with a `rank` are projected, with the options of `GaLoreAdamW` but for `moments_at_refresh` and
+    `moments`; the others are plain Adafactor. `lr` or relative_step, not both.
 
     Supported: whole tensors (one process, DDP), float32, float64 and bfloat16 (moments in float32 or better).
     Raises ConfigError for sharded ones and for an unknown or impossible option.
@@ -158,6 +158,9 @@ class GaLoreAdafactor(ShardedOptimizer):
         kind = param_group.get("moments_at_refresh", "keep")
         if kind != "keep":
             raise ConfigError([f"moments_at_refresh={kind!r}: Adafactor's moments are kept. Use keep."])
+        dtype = param_group.get("moments")
+        if dtype not in (None, "float32"):
+            raise ConfigError([f"moments={dtype!r}: Adafactor's are few, in float32. Leave it out."])
         super().add_param_group(param_group)
 
     def _add_regular(self, group: dict[str, Any], holdings: list[Holding]) -> None:

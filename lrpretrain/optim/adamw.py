@@ -20,7 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lrpretrain.optim import moments
+
 Group = Mapping[str, Any]
+PART = 2**22  # numbers of moments that are converted at a time
 
 
 def adam_direction(
@@ -37,6 +40,34 @@ def adam_direction(
     return list(torch._foreach_div(exp_avg, root))
 
 
+def adam(g: Sequence[Tensor], states: Sequence[Mapping[str, Tensor]], hp: Group) -> list[Tensor]:
+    """Update the moments in `states`, as they are stored, and return m / (√v + ε), each as its gradient."""
+    if all(s["exp_avg"].dtype == x.dtype for x, s in zip(g, states, strict=True)):
+        return adam_direction(list(g), [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states], hp)
+    return [_part_by_part(x, s, hp) for x, s in zip(g, states, strict=True)]
+
+
+def _part_by_part(g: Tensor, s: Mapping[str, Tensor], hp: Group) -> Tensor:
+    """Do what `adam` does for a state of another dtype, in the wider one of both."""
+    N = torch.empty_like(g)
+    for part in _parts(g):
+        m, v = (moments.load(s, key, part) for key in moments.KEYS)
+        dtype = torch.promote_types(g.dtype, m.dtype)
+        m, v = m.to(dtype), v.to(dtype)
+        (N[part],) = adam_direction([g[part].to(dtype)], [m], [v], hp)
+        for key, moment in zip(moments.KEYS, (m, v), strict=True):
+            moments.store(s, key, moment, part)
+    return N
+
+
+def _parts(g: Tensor) -> list[Any]:
+    """Return slices of the first dimension, of PART numbers or a little less each, that make up g."""
+    if g.dim() == 0:
+        return [...]
+    height = max(PART * len(g) // max(g.numel(), 1), 1)
+    return [slice(i, i + height) for i in range(0, len(g), height)]
+
+
 def step_sizes(steps: Sequence[int], hp: Group) -> list[float]:
     """Return η_t for each parameter, from its count of updates, this one included."""
     beta1, beta2 = hp["betas"]
@@ -49,7 +80,7 @@ def adamw(w: list[Tensor], g: list[Tensor], state: Sequence[Mapping[str, Tensor]
     """Update the tensors `w` in place with their gradients `g`; `state` holds step, exp_avg, exp_avg_sq."""
     for s in state:
         s["step"].add_(1)
-    N = adam_direction(g, [s["exp_avg"] for s in state], [s["exp_avg_sq"] for s in state], hp)
+    N = adam(g, state, hp)
     torch._foreach_mul_(N, [-eta for eta in step_sizes([int(s["step"]) for s in state], hp)])
     torch._foreach_add_(w, N)
     if hp["weight_decay"]:

@@ -10,6 +10,8 @@ G is the right projection of Gᵀ:
     N (m, r)   Adam's direction for R
     W ← W − η_t α N Pᵀ,   then   W ← W − lr λ W
 
+Moments and bases may be stored in fewer bits than W (optim/moments.py); products are in the dtype of W.
+
 With `full`, A (m, r) and P (n, r) project both sides: R = Aᵀ G P (r, r) and W ← W − η_t α A N Pᵀ.
 
 The basis is renewed at t = 0, T, 2T … (t updates done before), from the gradient of that same step;
@@ -35,7 +37,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lrpretrain.optim.adamw import Group, adam_direction, step_sizes
+from lrpretrain.optim.adamw import Group, adam, step_sizes
+from lrpretrain.optim.moments import KEYS, float_dtype, load, store, stored
 from lrpretrain.optim.optimizer import ShardedOptimizer
 from lrpretrain.optim.rule import Refresh, Slot
 from lrpretrain.optim.subspace import leading_subspace, leading_subspaces
@@ -83,7 +86,7 @@ class GaLore:
         """
         (m, n), r = W.shape, hp["rank"]
         side = side_of(W.holdings[0].shape, hp["proj_type"])
-        basis = torch.zeros(len(W), n, r, dtype=W.dtype, device=W.device)
+        basis = torch.zeros(len(W), n, r, dtype=float_dtype(hp["basis"], W.dtype), device=W.device)
         state = {
             "side": Slot.whole(torch.full((len(W),), SIDES[side])),
             "age": Slot.whole(torch.zeros(len(W), dtype=torch.int64)),
@@ -97,10 +100,14 @@ class GaLore:
 
     def moments(self, W: Matrices, hp: Group) -> dict[str, Slot]:
         """Return the initial moments of the projected gradients, (b, m', r) or with `full` (b, r, r)."""
-        keys, r = ("exp_avg", "exp_avg_sq"), hp["rank"]
-        if hp["proj_type"] == "full":
-            return {k: Slot.whole(torch.zeros(len(W), r, r, dtype=W.dtype, device=W.device)) for k in keys}
-        return {k: Slot(W.zeros(0, r), *W.lying(0, r)) for k in keys}
+        r = hp["rank"]
+
+        def zeros(width: int, dtype: torch.dtype) -> Slot:
+            if hp["proj_type"] == "full":
+                return Slot.whole(torch.zeros(len(W), r, width, dtype=dtype, device=W.device))
+            return Slot(W.zeros(0, width).to(dtype), *W.lying(0, width))
+
+        return {key: zeros(*kept) for key, kept in stored(hp["moments"], r, W.dtype).items()}
 
     def update(self, W: Matrices, G: Matrices, s: dict[str, Tensor], hp: Group) -> None:
         """Update a batch of matrices and its state in place. All processes that hold a tile must call it."""
@@ -111,7 +118,7 @@ class GaLore:
         s["age"] += 1
         R = G @ P  # (b, m', r)
         if "basis_left" in s:
-            A = G.rows(s["basis_left"])  # (b, m', r)
+            A = G.rows(s["basis_left"]).to(R)  # (b, m', r)
             R = G.inner(A, R)  # (b, r, r)
         N, etas = self.direction(R, W, s, hp)
         if "basis_left" in s:
@@ -122,7 +129,7 @@ class GaLore:
         self, R: Tensor, W: Matrices, s: dict[str, Tensor], hp: Group
     ) -> tuple[Tensor, list[float]]:
         """Update the moments with R; return N, shaped as R, and η_t of every matrix."""
-        (N,) = adam_direction([R], [s["exp_avg"]], [s["exp_avg_sq"]], hp)
+        (N,) = adam([R], [s], hp)
         return N, step_sizes(s["age"].tolist(), hp)
 
     def _due(self, s: dict[str, Tensor], hp: Group) -> list[list[int]]:
@@ -138,7 +145,8 @@ class GaLore:
         return [(t - phase) // hp["update_proj_gap"] + (phase > 0) for t, phase in clocks]
 
     def _bases(self, G: Matrices, s: dict[str, Tensor], hp: Group) -> Tensor:
-        return s["basis"] if "basis" in s else self._draw(G, self._turns(s, hp), hp)
+        """Return the bases (b, n, r) to multiply G by, in its dtype."""
+        return (s["basis"] if "basis" in s else self._draw(G, self._turns(s, hp), hp)).to(G.dtype)
 
     def _draw(self, G: Matrices, turns: list[int], hp: Group) -> Tensor:
         """Return random bases (b, n, r); kept until the next refresh unless the placement is `seeded`."""
@@ -146,7 +154,8 @@ class GaLore:
         for i, (name, turn) in enumerate(zip(G.names, turns, strict=True)):
             drawn = self._drawn.get(name)
             if drawn is None or drawn[0] != turn:
-                drawn = turn, leading_subspace(G[[i]], hp["rank"], "random", None, [turn])[0].to(G.dtype)
+                P = leading_subspace(G[[i]], hp["rank"], "random", None, [turn])[0]
+                drawn = turn, P.to(float_dtype(hp["basis"], G.dtype))
                 if hp["placement"] != "seeded":
                     self._drawn[name] = drawn
             bases.append(drawn[1])
@@ -164,17 +173,18 @@ class GaLore:
             old = None if first else s["basis"][due]
             if "basis_left" in s:
                 A, P = leading_subspaces(G, hp["rank"])
-                s["basis_left"][due] = A.to(G.dtype)
+                s["basis_left"][due] = A.to(s["basis_left"])
             else:
                 P = G.agreed(leading_subspace(G, hp["rank"], hp["subspace"], old, turns))
-            s["basis"][due] = P.to(G.dtype)
+            s["basis"][due] = P.to(s["basis"])
         if old is not None and hp["moments_at_refresh"] == "reset":
-            for key in ("exp_avg", "exp_avg_sq", "age"):
+            for key in (*KEYS, "age"):
                 s[key][due] = 0
         if old is not None and hp["moments_at_refresh"] == "rotate":
-            Q = (old.mT.to(P.dtype) @ P).to(old.dtype)  # (b, r, r)
-            s["exp_avg"][due] = s["exp_avg"][due] @ Q
-            s["exp_avg_sq"][due] = s["exp_avg_sq"][due] @ Q.square()
+            m, v = (load(s, key, due) for key in KEYS)
+            Q = (old.mT.to(P.dtype) @ P).to(m)  # (b, r, r)
+            store(s, "exp_avg", m @ Q, due)
+            store(s, "exp_avg_sq", v @ Q.square(), due)
         self._measure(G, P.float(), None if old is None else old.float(), began)
 
     def _measure(self, G: Matrices, P: Tensor, old: Tensor | None, began: float) -> None:
@@ -195,7 +205,10 @@ class GaLoreAdamW(ShardedOptimizer):
     `rank`; `update_proj_gap`, updates between two refreshes of the basis (200); `scale` (0.25);
     `proj_type`: std, reverse_std, left, right or full (std); `subspace`: svd, gram, warm, randomized or
     random (the constructor's); `refresh`: fixed or staggered (fixed); `moments_at_refresh`: keep, reset or
-    rotate (keep; not with full); `placement` under sharding: auto, aligned, owner or seeded (auto).
+    rotate (keep; not with full); `placement` under sharding: auto, aligned, owner or seeded (auto);
+    `moments` and `basis`, the dtypes that moments (float32, bfloat16 or int8) and bases (float32, bfloat16)
+    are stored in (the constructor's; None: the parameter's). int8 is block-wise (optim/moments.py) and for
+    projected gradients: other parameters then keep moments of their own dtype.
     A rank above min(m, n) is clamped with a warning.
 
     Supported: plain tensors, DTensors with one sharded dimension and shards of ZeRO's masters, in float32,
@@ -214,14 +227,19 @@ class GaLoreAdamW(ShardedOptimizer):
         no_deprecation_warning: bool = True,
         *,
         subspace: str = "svd",
+        moments: str | None = None,
+        basis: str | None = None,
         check_finite: bool = True,
     ):
         del no_deprecation_warning  # accepted for galore_torch's callers
         defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, correct_bias=correct_bias)
-        super().__init__(params, defaults | projection_defaults(subspace), GaLore(), check_finite)
+        defaults |= projection_defaults(subspace, moments, basis)
+        super().__init__(params, defaults, GaLore(), check_finite)
 
 
-def projection_defaults(subspace: str) -> dict[str, Any]:
+def projection_defaults(
+    subspace: str, moments: str | None = None, basis: str | None = None
+) -> dict[str, Any]:
     """Return the defaults of the options of a projected group."""
     return {
         "rank": None,
@@ -232,4 +250,6 @@ def projection_defaults(subspace: str) -> dict[str, Any]:
         "refresh": "fixed",
         "moments_at_refresh": "keep",
         "placement": "auto",
+        "moments": moments,
+        "basis": basis,
     }

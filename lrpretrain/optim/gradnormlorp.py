@@ -42,7 +42,7 @@ import torch
 from torch import Tensor
 
 from lrpretrain.errors import ConfigError
-from lrpretrain.optim.adamw import Group, adam_direction, adamw, step_sizes
+from lrpretrain.optim.adamw import Group, adam, adam_direction, adamw, step_sizes
 from lrpretrain.optim.galore import GaLore, projection_defaults
 from lrpretrain.optim.optimizer import ShardedOptimizer
 from lrpretrain.optim.rule import Slot
@@ -85,7 +85,7 @@ class WeightNorm(GaLore):
             R = stretch[..., None] * (G @ P - radial[..., None] * (W @ P))  # (b, m', r)
         else:
             R = G.matmul(P, stretch) - W.matmul(P, stretch * radial)
-        (N,) = adam_direction([R.to(P)], [s["exp_avg"]], [s["exp_avg_sq"]], hp)
+        (N,) = adam([R.to(P)], [s], hp)
         moments = [s["magnitude_exp_avg"]], [s["magnitude_exp_avg_sq"]]
         (n,) = adam_direction([grad_g], *moments, hp)
         etas = step_sizes(s["age"].tolist(), hp)
@@ -152,7 +152,8 @@ class GradNormLoRPAdamW(ShardedOptimizer):
     weightnorm   magnitudes persist; not with `proj_type` full. Build it on the weights that training starts
                  from: the magnitudes are theirs.
     lowrank_wn   the authors' `LowRankWeightNormAdamW`, which keeps a copy of all weights, and normalises
-                 those of groups without a `rank` too; matrices and vectors, whole (one process, DDP).
+                 those of groups without a `rank` too; matrices and vectors, whole (one process, DDP). No
+                 int8 moments.
     dora         plain GaLore: give it the lora_A and lora_B of model.dora's layers with a `rank`, and their
                  magnitudes without one.
 
@@ -173,6 +174,8 @@ class GradNormLoRPAdamW(ShardedOptimizer):
         *,
         mode: str = "weightnorm",
         subspace: str = "svd",
+        moments: str | None = None,
+        basis: str | None = None,
         check_finite: bool = True,
     ):
         del no_deprecation_warning  # accepted for callers of the authors' classes
@@ -180,12 +183,15 @@ class GradNormLoRPAdamW(ShardedOptimizer):
             raise ConfigError([f"mode={mode!r}: must be one of {', '.join(RULES)}."])
         self.mode = mode
         defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, correct_bias=correct_bias)
-        super().__init__(params, defaults | projection_defaults(subspace), RULES[mode](), check_finite)
+        defaults |= projection_defaults(subspace, moments, basis)
+        super().__init__(params, defaults, RULES[mode](), check_finite)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a param group and create its state. Raises ConfigError for what the mode cannot do."""
         if self.mode == "weightnorm" and param_group.get("proj_type") == "full":
             raise ConfigError(["proj_type='full': is not defined for weight-normalised directions. Use std."])
+        if self.mode == "lowrank_wn" and param_group.get("moments", self.defaults["moments"]) == "int8":
+            raise ConfigError(["moments='int8': mode='lowrank_wn' keeps floats. Use bfloat16 or float32."])
         super().add_param_group(param_group)
 
     def _add_regular(self, group: dict[str, Any], holdings: list[Holding]) -> None:

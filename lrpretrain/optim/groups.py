@@ -128,7 +128,7 @@ def build_optimizer(
     }
     if optim.base == "adafactor":  # as the authors' training script sets it
         return GaLoreAdafactor(groups, **common, scale_parameter=False, relative_step=False)
-    common |= {"betas": optim.betas, "eps": optim.eps}
+    common |= {"betas": optim.betas, "eps": optim.eps, "moments": optim.moments}
     if optim.rule == "loro":
         refresh = None if optim.refresh_moments == "none" else optim.refresh_moments
         exact: dict[str, Any] = {"exact_every": optim.exact_every, "exact_steps": optim.refresh}
@@ -154,6 +154,7 @@ def _matrix_groups(named: Mapping[str, Tensor], optim: OptimConfig) -> list[dict
                 "refresh": optim.refresh,
                 "moments_at_refresh": optim.moments_at_refresh,
                 "placement": optim.placement,
+                "basis": optim.basis,
             }
         groups.append(group)
     return groups

@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from lrpretrain.errors import ConfigError
-from lrpretrain.optim.adamw import adam_direction, step_sizes
+from lrpretrain.optim.adamw import adam, step_sizes
 from lrpretrain.optim.optimizer import ShardedOptimizer, merge_notes
 from lrpretrain.sharding import Holding, Piece
 from lrpretrain.sharding.placement import Exchange, assign
@@ -100,7 +100,8 @@ class LOROAdamW(ShardedOptimizer):
     (0: never); with `exact_steps` staggered every pair has its own place in that count. With `refresh` (lrk,
     reg or all) the moments of a pair are zeroed after its exact step, those of a regular parameter after
     every `exact_every`-th update. `step(use_exact_loro=…)` and `refresh_states(mode)` decide instead, for
-    drivers that count. `model` is accepted and not kept.
+    drivers that count. `moments` is the dtype that moments are stored in, float32 or bfloat16 (None: the
+    parameter's). `model` is accepted and not kept.
 
     `deficient_pairs` counts exact steps of this process that were taken as lazy ones for want of rank.
 
@@ -124,6 +125,7 @@ class LOROAdamW(ShardedOptimizer):
         exact_every: int = 500,
         exact_steps: str = "fixed",
         refresh: str | None = None,
+        moments: str | None = None,
         check_finite: bool = True,
     ):
         del no_deprecation_warning, model
@@ -140,7 +142,8 @@ class LOROAdamW(ShardedOptimizer):
         self._factors: dict[str, list[Holding]] = {"lowrank_in": [], "lowrank_out": []}
         self._use_exact: bool | None = None
         defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, correct_bias=correct_bias)
-        super().__init__(params, defaults | {"type": "regular", "lr_scaler": -1}, None, check_finite)
+        defaults |= {"moments": moments, "type": "regular", "lr_scaler": -1}
+        super().__init__(params, defaults, None, check_finite)
         self._pair()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -229,8 +232,7 @@ class LOROAdamW(ShardedOptimizer):
         for s in states:
             s["step"] += 1
             s["updates"] += 1
-        moments = [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states]
-        ds = adam_direction([g for h in factors if (g := h.grad) is not None], *moments, hp)
+        ds = adam([g for h in factors if (g := h.grad) is not None], states, hp)
         etas = step_sizes([int(s["step"]) for s in states], hp)
         scales = [lazy_scale(h.shape, hp) if self.loro_type == "loro" else 1.0 for h in factors]
         decays = [1 - eta * hp["weight_decay"] for eta in etas]

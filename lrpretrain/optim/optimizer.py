@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lrpretrain.errors import ConfigError
 from lrpretrain.optim.adamw import adamw
+from lrpretrain.optim.moments import KEYS, KINDS, float_dtype
 from lrpretrain.optim.rule import Rule, Slot
 from lrpretrain.optim.subspace import METHODS
 from lrpretrain.sharding import Holding, Piece, hold
@@ -123,6 +124,9 @@ class ShardedOptimizer(torch.optim.Optimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         _check(group)
+        if group["moments"] == "int8" and self.rule is None:
+            reason = "moments='int8': blocks of eight bits run along the rank of projected gradients, and"
+            raise ConfigError([f"{reason} {type(self).__name__} has none. Use bfloat16 or float32."])
         start = sum(len(g["params"]) for g in self.param_groups[:-1])
         names = group.get("param_names") or [f"param_{start + i}" for i in range(len(group["params"]))]
         holdings = [hold(name, param) for name, param in zip(names, group["params"], strict=True)]
@@ -212,7 +216,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
                 fits = key in own and key in saved and own[key].shape == saved[key].shape
                 if not fits or (key == "side" and not torch.equal(saved[key].cpu(), own[key])):
                     what = f"the saved state of parameter {index} has no matching {key!r}"
-                    raise ConfigError([f"{what}. Use the same rule, rank and side."])
+                    raise ConfigError([f"{what}. Use the same rule, rank, side and moments."])
         for own, saved, _ in pairs:
             for key, tensor in own.items():
                 tensor.copy_(saved[key])
@@ -230,8 +234,9 @@ class ShardedOptimizer(torch.optim.Optimizer):
     def _add_regular(self, group: dict[str, Any], holdings: list[Holding]) -> None:
         for h in holdings:
             pieces = {"step": Piece.whole(torch.zeros((), dtype=torch.int64))}
-            for key in ("exp_avg", "exp_avg_sq"):
-                pieces[key] = h.of(torch.zeros_like(h.weight))
+            dtype = float_dtype(group["moments"], h.weight.dtype)
+            for key in KEYS:
+                pieces[key] = h.of(torch.zeros_like(h.weight, dtype=dtype))
             self._register(h, pieces)
         self._regular.append((group, holdings))
 
@@ -341,6 +346,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
 class AdamW(ShardedOptimizer):
     """AdamW in the Hugging Face form (eps on the uncorrected root), on any supported sharding.
 
+    `moments` is the dtype that moments are stored in: float32 or bfloat16 (None: the parameter's).
     Raises ConfigError for a negative learning rate, eps or weight decay, or betas outside [0, 1).
     """
 
@@ -353,10 +359,11 @@ class AdamW(ShardedOptimizer):
         weight_decay: float = 0.0,
         correct_bias: bool = True,
         *,
+        moments: str | None = None,
         check_finite: bool = True,
     ):
         defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, correct_bias=correct_bias)
-        super().__init__(params, defaults, None, check_finite)
+        super().__init__(params, defaults | {"moments": moments}, None, check_finite)
 
 
 def _model_state(rule: Rule, batch: Batch) -> dict[str, Slot]:
@@ -417,6 +424,8 @@ def _check(group: dict[str, Any]) -> None:
         "refresh": ("fixed", "staggered"),
         "moments_at_refresh": ("keep", "reset", "rotate"),
         "placement": PLACEMENTS,
+        "moments": KINDS,
+        "basis": (None, "float32", "bfloat16"),
     }
     wrong = [
         f"{k}={group[k]!r}: must be {must}."
@@ -424,7 +433,7 @@ def _check(group: dict[str, Any]) -> None:
         if k in group and not fits(group[k])
     ]
     wrong += [
-        f"{k}={group[k]!r}: must be one of {', '.join(known)}."
+        f"{k}={group[k]!r}: must be one of {', '.join(map(str, known))}."
         for k, known in choices.items()
         if k in group and group[k] not in known
     ]

@@ -169,6 +169,7 @@ IDENTITY = (
     "optim.rule",
     "optim.base",
     "optim.mode",
+    "optim.moments",
     "optim.side",
     "optim.targets",
     "optim.adapter_rank",

@@ -227,6 +227,31 @@ def check(config: Config, n_procs: int) -> list[Problem | str]:
         "Use keep",
     )
     refuse(
+        adafactor and optim.moments not in (None, "float32"),
+        "optim.moments",
+        "the moments of optim.base=adafactor are few, in float32",
+        "Leave it out",
+    )
+    projects = optim.rule in groups.PROJECTED
+    refuse(
+        optim.moments == "int8" and not projects,
+        "optim.moments",
+        f"its blocks run along the rank of projected gradients, and optim.rule={optim.rule} has none",
+        "Use bfloat16 or float32",
+    )
+    refuse(
+        optim.moments == "int8" and optim.mode == "lowrank_wn",
+        "optim.moments",
+        "optim.mode=lowrank_wn keeps floats",
+        "Use bfloat16 or float32, or optim.mode=weightnorm",
+    )
+    refuse(
+        optim.basis is not None and not projects,
+        "optim.basis",
+        f"optim.rule={optim.rule} has no bases",
+        "Leave it out",
+    )
+    refuse(
         optim.mode == "lowrank_wn" and cut,
         "optim.mode",
         f"needs whole matrices, which engine.kind={engine.kind} cuts",
@@ -271,7 +296,7 @@ def describe(config: Config, n_procs: int) -> str:
     optimizer = groups.build_optimizer(model.named_parameters(), config.optim, model.config.hidden_size)
     state: Counter[str] = Counter()
     for _, key, piece in optimizer.pieces():
-        if piece.tensor.is_floating_point():
+        if piece.tensor.dtype != torch.int64:  # the counters
             state[key] += piece.tensor.numel()
     total = sum(sizes.values())
     trained = sum(param.numel() for param in model.parameters() if param.requires_grad)

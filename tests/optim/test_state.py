@@ -14,11 +14,16 @@ CLASSES = {"adamw": AdamW, "galore": GaLoreAdamW, "gradnormlorp": GradNormLoRPAd
 SHAPES = [(8, 5), (5, 8), (8, 5)]
 MIXES = {
     "adamw": {"weight_decay": 0.1},
+    "adamw bfloat16": {"moments": "bfloat16"},
     "galore": {},
     "galore full reset": {"proj_type": "full", "moments_at_refresh": "reset"},
     "galore left warm rotate": {"proj_type": "left", "subspace": "warm", "moments_at_refresh": "rotate"},
     "galore random staggered": {"subspace": "random", "refresh": "staggered"},
+    "galore int8 warm rotate": {"moments": "int8", "subspace": "warm", "moments_at_refresh": "rotate"},
+    "galore bfloat16 full": {"moments": "bfloat16", "basis": "bfloat16", "proj_type": "full"},
+    "galore float32 left": {"moments": "float32", "basis": "float32", "proj_type": "left"},
     "gradnormlorp": {},
+    "gradnormlorp int8 reset": {"moments": "int8", "basis": "bfloat16", "moments_at_refresh": "reset"},
     "gradnormlorp reverse_std gram reset": {
         "proj_type": "reverse_std",
         "subspace": "gram",
@@ -28,6 +33,7 @@ MIXES = {
     "loro": {"exact_every": 3},
     "loro refresh": {"exact_every": 3, "refresh": "all"},
     "loro eucl": {"loro_type": "eucl"},
+    "loro bfloat16": {"exact_every": 3, "moments": "bfloat16"},
 }
 DTYPES = [torch.float32, torch.float64, torch.bfloat16]
 
@@ -142,7 +148,7 @@ def test_magnitudes_stay_in_float32_beside_bfloat16_weights():
     ],
 )
 def test_a_state_of_another_rule_rank_or_side_is_refused(own, theirs, changes):
-    with pytest.raises(ConfigError, match=r"other parameters|Use the same rule, rank and side"):
+    with pytest.raises(ConfigError, match=r"other parameters|Use the same rule, rank, side and moments"):
         build(own)[1].load_state_dict(saved_and_loaded(build(theirs, **changes)[1]))
 
 

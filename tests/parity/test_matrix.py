@@ -3,7 +3,7 @@
 import itertools
 
 import pytest
-from matrix import LAYOUTS, RULES, bfloat16_losses, bfloat16_steps, compare, configure, train
+from matrix import LAYOUTS, RULES, STORED, bfloat16_losses, bfloat16_steps, compare, configure, train
 from spawn import spawn
 
 from lrpretrain.sharding.procs import Procs
@@ -28,7 +28,7 @@ SOME = (
 )
 
 
-def check(cases, folder):
+def check(cases, folder, losses_to=1e-5, weights_to=1e-5):
     """Run cases, grouped into one launch for each number of processes; print a table."""
     lines = []
     for n_procs in sorted({n for n, _ in cases}):
@@ -37,11 +37,11 @@ def check(cases, folder):
             assert results.keys() == set(own)
         for (rule, layout, micros), (losses, weights) in results.items():
             lines.append((rule, layout, n_procs, micros, losses, weights))
-    print(f"\n{'rule':14}{'layout':18}{'processes':>10}{'micros':>8}{'losses':>10}{'weights':>10}")
+    print(f"\n{'rule':22}{'layout':18}{'processes':>10}{'micros':>8}{'losses':>10}{'weights':>10}")
     for rule, layout, n_procs, micros, losses, weights in sorted(lines):
-        print(f"{rule:14}{layout:18}{n_procs:10}{micros:8}{losses:10.1e}{weights:10.1e}")
+        print(f"{rule:22}{layout:18}{n_procs:10}{micros:8}{losses:10.1e}{weights:10.1e}")
     for line in lines:
-        assert line[4] <= 1e-5 and line[5] <= 1e-5, line
+        assert line[4] <= losses_to and line[5] <= weights_to, line
     return lines
 
 
@@ -53,6 +53,31 @@ def test_every_rule_on_every_layout(tmp_path):
 @pytest.mark.slow
 def test_the_whole_matrix(tmp_path):
     assert len(check(ALL, tmp_path)) == len(RULES) * 2 * sum(map(len, PROCS.values()))
+
+
+EIGHT_BITS = [rule for rule in STORED if rule.endswith("int8")]
+SIXTEEN_BITS = [rule for rule in STORED if rule not in EIGHT_BITS]
+
+
+def test_moments_in_fewer_bits(tmp_path):
+    """What the layouts round differently takes a few numbers to the next level of their storage.
+
+    An entry of Adam's direction then differs by that level: up to 7 % (int8) or 0.4 % (bfloat16, for all
+    parameters). Measured: losses 7e-7 and 3e-5, weights 1e-4 and 3e-4; in float64
+    (test_optimizer_parity.py) no number is taken to another level.
+    """
+    eight = [(2, ("galore-int8", layout, 1)) for layout in LAYOUTS]
+    eight += [(3, ("gradnormlorp-int8", "fsdp", 3)), (3, ("gradnormlorp-int8", "zero3", 1))]
+    check(eight, tmp_path, 1e-5, 1e-3)
+    sixteen = [(3, (rule, layout, 1)) for rule in SIXTEEN_BITS for layout in ("fsdp", "zero2")]
+    check(sixteen, tmp_path, 1e-4, 1e-3)
+
+
+@pytest.mark.slow
+def test_the_whole_matrix_in_fewer_bits(tmp_path):
+    for rules, losses in ((EIGHT_BITS, 1e-5), (SIXTEEN_BITS, 1e-4)):
+        cases = itertools.product(rules, LAYOUTS, (1, 3))
+        check([(PROCS[case[1]][1], case) for case in cases], tmp_path, losses, 1e-3)
 
 
 def test_bfloat16_over_float32_masters(tmp_path):

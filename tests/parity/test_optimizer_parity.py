@@ -103,17 +103,20 @@ def in_buffer(tensors, alone):
 
 def gather(shard):
     """Return the whole tensor that a shard is a range of."""
-    whole = torch.zeros(torch.Size(shard.whole).numel())
+    whole = torch.zeros(torch.Size(shard.whole).numel(), dtype=shard.dtype)
     whole[slice(*shard.ranges[dist.get_rank()])] = shard.detach()
     dist.all_reduce(whole)
     return whole.view(shard.whole)
 
 
-def train_in_buffer(shapes, options, alone):
-    params = in_buffer(tensors(0, shapes), alone)
+def train_in_buffer(shapes, options, alone, dtype=torch.float32):
+    def laid(seed):
+        return in_buffer([t.to(dtype) for t in tensors(seed, shapes)], alone)
+
+    params = laid(0)
     optimizer = build(params, options)
     for t in range(STEPS):
-        for p, grad in zip(params, in_buffer(tensors(t + 1, shapes), alone), strict=True):
+        for p, grad in zip(params, laid(t + 1), strict=True):
             p.grad = grad.as_subclass(torch.Tensor)
         optimizer.step()
     return [gather(p) for p in params]
@@ -163,6 +166,42 @@ def test_sharded_equals_whole(n_procs):
         assert len(differences) == sum(4 * len(places(options)) for options in some(n_procs)) + 2
         for case, worst in differences.items():
             assert worst < 1e-5, case
+
+
+FEWER_BITS = [
+    {"proj_type": "std", "subspace": "warm", "moments_at_refresh": "rotate"},
+    {"proj_type": "left", "subspace": "svd", "refresh": "staggered"},
+    {"proj_type": "full", "subspace": "svd", "moments_at_refresh": "reset"},
+    {"proj_type": "right", "subspace": "random", "basis": "bfloat16"},
+    {"rule": "gradnormlorp", "proj_type": "std", "subspace": "warm", "basis": "bfloat16"},
+    {"rule": "gradnormlorp", "proj_type": "left", "subspace": "gram"},
+]
+
+
+def compare_fewer_bits():
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    differences = {}
+    for moments, each in itertools.product(["int8", "bfloat16"], FEWER_BITS):
+        options = each | {"rank": 5, "moments": moments}
+        shapes = [shape for shape in SHAPES if min(shape) > 2]
+        whole = train(shapes, options, torch.Tensor.double)
+        assert difference(whole, train(shapes, options | {"moments": None}, torch.Tensor.double)) > 1e-6
+        for place in places(options):
+            placed = options | {"placement": place}
+            sharded = train(shapes, placed, lambda t: distribute_tensor(t.double(), mesh, [Shard(0)]))
+            differences[f"{placed} rows"] = difference(sharded, whole)
+            for alone in (False, True):
+                flat = train_in_buffer(shapes, placed, alone, torch.float64)
+                differences[f"{placed} buffer, {alone=}"] = difference(flat, whole)
+    return differences
+
+
+def test_moments_in_fewer_bits_do_not_depend_on_the_sharding():
+    """In float64 no rounding of the layouts moves a code to the next level."""
+    for differences in spawn(compare_fewer_bits, 3):
+        assert len(differences) == 2 * 3 * sum(len(places(options)) for options in FEWER_BITS)
+        for case, worst in differences.items():
+            assert worst < 1e-9, case
 
 
 def communication():

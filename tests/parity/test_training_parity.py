@@ -60,6 +60,27 @@ def test_losses_do_not_depend_on_replicated_shards(bench, reference):
     agree(bench, reference, 4, "fsdp", "engine__replicastrain__micro_batch")
 
 
+def test_a_run_with_moments_of_eight_bits_goes_on_anywhere(bench):
+    """On the same processes to the bit, on others to rounding."""
+
+    def options(run, engine, **more):
+        eight = dict(optim__moments="int8", optim__basis="bfloat16", data__sequences="pack")
+        return bench.options(run, engine__kind=engine, **eight, train__keep_checkpoints=0, **more)
+
+    assert launch(1, [options("eight", "local")]) == [0]
+    assert launch(2, [options("eight-2", "fsdp", train__save_every=10)]) == [0]
+    alone, together = bench.losses("eight"), bench.losses("eight-2")
+    assert together == pytest.approx(alone, rel=1e-4)
+    bench.forget_after("eight-2", 10)
+    assert launch(2, [options("eight-2", "fsdp")]) == [0]
+    assert bench.losses("eight-2") == together
+    bench.forget_after("eight-2", 10)
+    for engine, n_procs, step in (("zero", 3, 20), ("local", 1, 30)):
+        assert launch(n_procs, [options("eight-2", engine, train__save_every=10)]) == [0]
+        assert bench.losses("eight-2") == pytest.approx(alone, rel=1e-4)
+        bench.forget_after("eight-2", step)
+
+
 @pytest.mark.parametrize("rule", ["galore", "gradnormlorp", "loro"])
 def test_a_run_goes_on_with_another_engine_and_number_of_processes(bench, reference, rule):
     """Five steps on each, and on to the end."""
