@@ -66,27 +66,26 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
+import torch
 from torch import nn
 
 from lrpretrain.config import Config
-from lrpretrain.engine import ds_config
 from lrpretrain.optim import groups
 from lrpretrain.optim.adafactor import moment_shapes
-from lrpretrain.optim.galore import side_of
+from lrpretrain.optim.adamw import PART
+from lrpretrain.optim.moments import float_dtype, stored
 from lrpretrain.optim.subspace import RANDOMIZED_ITERATIONS
-from lrpretrain.sharding import Holding, Tile, Tiles
-from lrpretrain.sharding.placement import assign, choose
-from lrpretrain.sharding.tiles import cut
+from lrpretrain.sharding import Holding
+from lrpretrain.sharding.algebra import CHUNK_BYTES
+from lrpretrain.sharding.placement import assign
+from lrpretrain.train.layout import Amounts, Layout, Matrix
 
-BYTES = {"float32": 4, "bfloat16": 2, "fp32": 4, "bf16": 2}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "fp32": torch.float32, "bf16": torch.bfloat16}
 WIDE = 4  # of what is summed in float32, whatever the weights are
 INTEGER = 8
 OUTSIDE = "outside of the blocks"
-SHARDED: Any = object()  # stands for the process group
-
-Amounts = npt.NDArray[Any]
-"""A number for each of the N processes."""
+# Bytes for each number of the moments, of those that are taken from another dtype at a time.
+IN_PARTS = {"float32": 16, "bfloat16": 16, "int8": 36}
 
 
 @dataclass(frozen=True)
@@ -136,79 +135,36 @@ def _gib(size: Amounts) -> str:
     return f"{size.max() / 2**30:.3g}"
 
 
-@dataclass
-class Matrix:
-    """A matrix of a rule, (m, n) and projected to (m, r) as the rule sees it."""
-
-    holding: Holding
-    rank: int
-    transposed: bool
-    at_owner: bool
-    owner: int | None = None
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.holding.shape[::-1] if self.transposed else self.holding.shape
-
-    @property
-    def across(self) -> bool:
-        """Whether the cut runs across the projection: no process has a whole row of the (m, n)."""
-        return self.holding.split == (0 if self.transposed else 1)
-
-    @functools.cached_property
-    def shared(self) -> int:
-        """The lines of which no process has all, because a flat buffer is cut within them."""
-        dim = self.holding.split or 0
-        width = self.holding.shape[1 - dim]
-        tiles = itertools.chain.from_iterable(self.holding.spread)
-        return len({tile.offsets[dim] for tile in tiles if tile.sizes[1 - dim] < width})
-
-
 class _Terms:
     """The terms of the sums above."""
 
     def __init__(self, config: Config, model: nn.Module, n_procs: int):
-        self.optim, self.engine, self.n_procs = config.optim, config.engine, n_procs
-        self.stage = ds_config.stage(config) if self.engine.kind == "zero" else 0
-        self.ds = ds_config.load(config, n_procs) if self.stage else {}
-        self.N = {"fsdp": n_procs // self.engine.replicas, "zero": n_procs}.get(self.engine.kind, 1)
-        self.w, self.c = BYTES[config.precision.params], BYTES[config.precision.compute]
+        self.at = at = Layout(config, model, n_procs)
+        self.N, self.optim, self.engine = at.N, config.optim, config.engine
+        self.own_dtype = DTYPES[config.precision.params]
+        self.w, self.c = self.own_dtype.itemsize, DTYPES[config.precision.compute].itemsize
         self.micros = max(config.train.global_batch // (config.train.micro_batch * n_procs), 1)
-        # BF16_Optimizer is what DeepSpeed takes for float32 gradients of bfloat16 weights at stage 1.
-        wide = self.ds and self.ds["data_types"]["grad_accum_dtype"] == "fp32"
-        self.bf16_optimizer = bool(self.stage == 1 and self.c == 2 and wide)
-
-        params = dict(model.named_parameters())
-        self.shapes = {name: tuple(p.shape) for name, p in params.items()}
-        self.trained = [name for name, p in params.items() if p.requires_grad]
-        spreads = dict(self._spreads()) if self.N > 1 else {}
-        self.holdings = {}
-        for name, shape in self.shapes.items():
-            split, spread = spreads.get(name, (None, ()))
-            where = (spread, split, SHARDED if spread else None, self.stage not in (1, 2))
-            self.holdings[name] = Holding(name, params[name], shape, (Tile.whole(shape),), *where)
-        self.held = {name: self._along(h) for name, h in self.holdings.items()}
         # weightnorm looks at W: the owner gets it as well, and its products are summed as well.
         self.reads = int(self.optim.rule == "gradnormlorp" and self.optim.mode == "weightnorm")
-        self.batches = self._batches() if self.optim.rule in groups.PROJECTED else []
-        projected = {x.holding.name for batch in self.batches for x in batch}
-        self.regular = [name for name in self.trained if name not in projected]
-        self.factors = [name for name in self.trained if name.endswith((".weight_in", ".weight_out"))]
+        self.batches = self._with_owners()
+        matrices = {x.holding.name for batch in self.batches for x in batch}
+        self.regular = [name for name in at.trained if name not in matrices]
+        self.factors = [name for name in at.trained if name.endswith((".weight_in", ".weight_out"))]
 
     def weights(self) -> tuple[Amounts, Amounts, Amounts, Amounts]:
         """Return masters, copies, gradients and passes."""
-        T, t = self._whole(self.trained), self._own(self.trained)
+        at = self.at
+        T, t = at.whole(at.trained), at.own(at.trained)
         if self.engine.kind == "fsdp":
-            return self._own(self.shapes) * self.w, 0 * t, t * self.w, self._passes()
-        if not self.stage:
-            return self._whole(self.shapes) * self.w, 0 * T, T * self.w, T * self.w
-        copies = self._own(self.shapes) if self.stage == 3 else self._whole(self.shapes)
-        projected = groups.projected(self.shapes, self.optim)
-        by_group = [self._own(n for n in self.trained if (n in projected) == kind) for kind in (False, True)]
-        gradients = 4 * (t + np.maximum(*by_group)) if self.stage == 3 else 4 * t
-        if self.bf16_optimizer:
-            gradients = T * (4 if self.ds["bf16"].get("immediate_grad_update") else 4 + self.c)
-        return 4 * t, copies * self.c, gradients, gradients
+            return at.own(at.shapes) * self.w, 0 * t, t * self.w, self._passes()
+        if not at.stage:
+            return at.whole(at.shapes) * self.w, 0 * T, T * self.w, T * self.w
+        copies = at.own(at.shapes) if at.stage == 3 else at.whole(at.shapes)
+        by_group = [at.own(n for n in at.trained if (n in at.projected) == kind) for kind in (False, True)]
+        gradients = WIDE * (t + np.maximum(*by_group)) if at.stage == 3 else WIDE * t
+        if at.bf16_optimizer:
+            gradients = T * (WIDE if at.ds["bf16"].get("immediate_grad_update") else WIDE + self.c)
+        return WIDE * t, copies * self.c, gradients, gradients
 
     def state(self) -> dict[str, Amounts]:
         """Return the optimizer state by key; `drawn` are random bases, which are kept and not stored."""
@@ -224,16 +180,12 @@ class _Terms:
 
     def update(self) -> Amounts:
         """Return what an ordinary update takes for its time."""
-        ranks = groups.matched(self.shapes, self.optim) if self.optim.rule == "adamw" else {}
+        ranks = groups.matched(self.at.shapes, self.optim) if self.optim.rule == "adamw" else {}
         alike: dict[Any, list[str]] = defaultdict(list)
         for name in self.regular:
             alike[name in self.factors or ranks.get(name)].append(name)
-        needs = [2 * self._own(names) * self.w for names in alike.values()]
-        for batch in self.batches:
-            need = np.zeros(self.N, np.int64)
-            for x in batch:
-                self._add_need(x, need)
-            needs.append(need * self.w)
+        needs = [self._regular_need(names) for names in alike.values()]
+        needs += [self._matrices_need(part) for batch in self.batches for part in self._parts(batch)]
         return np.max(needs, axis=0)
 
     def sent(self) -> dict[str, Amounts]:
@@ -253,118 +205,63 @@ class _Terms:
         amounts = (parameters, gradients, update, refresh)
         return {name: np.broadcast_to(amount, self.N) for name, amount in zip(names, amounts, strict=True)}
 
-    # What lies where.
+    # Of the optimizer.
 
-    def _spreads(self) -> Iterator[tuple[str, tuple[int, tuple[Tiles, ...]]]]:
-        """Yield the dimension along which each parameter is cut, and what each process has of it."""
-        if self.stage in (1, 2):
-            for name, ends in self._in_buffers():
-                yield name, (0, tuple(cut(self.shapes[name], *pair) for pair in itertools.pairwise(ends)))
-            return
-        columns = groups.projected_on_the_left(self.shapes, self.optim) if self.engine.shard_columns else ()
-        for name, shape in self.shapes.items():
-            if self.engine.kind == "fsdp" and name in columns and shape[1] % self.N == 0:
-                width = shape[1] // self.N
-                yield name, (1, tuple((Tile((0, k * width), (shape[0], width)),) for k in range(self.N)))
-            else:
-                yield name, (0, _evenly(shape, 1 if self.stage == 3 else math.prod(shape[1:]), self.N))
-
-    def _in_buffers(self) -> Iterator[tuple[str, list[int]]]:
-        """Yield where ZeRO-1 and 2 cut each parameter: the rule's matrices lie in a buffer of their own."""
-        projected = groups.projected(self.shapes, self.optim)
-        robin = self.ds["zero_optimization"].get("round_robin_gradients") and not self.bf16_optimizer
-        for kind in (False, True):
-            names = [name for name in self.trained if (name in projected) == kind]
-            if robin:
-                names = [name for first in range(self.N) for name in names[first :: self.N]]
-            numels = [math.prod(self.shapes[name]) for name in names]
-            part = -(-sum(numels) // (2 * self.N)) * 2  # the buffer is padded to a multiple of 2 N
-            for name, numel, end in zip(names, numels, itertools.accumulate(numels), strict=True):
-                yield name, [min(max(k * part - end + numel, 0), numel) for k in range(self.N + 1)]
-
-    def _batches(self) -> list[list[Matrix]]:
-        """Return the matrices that the rule projects, together those that are updated together."""
-        ranks = groups.projection_ranks({name: self.shapes[name] for name in self.trained}, self.optim)
+    def _with_owners(self) -> list[list[Matrix]]:
+        """Return the matrices that are updated together; owners are chosen rank by rank."""
         loads, found = [0.0] * self.N, list[list[Matrix]]()
-        for rank in sorted(set(ranks.values())):
-            batches = defaultdict[Any, list[Matrix]](list)
-            for h in (self.holdings[name] for name in ranks if ranks[name] == rank):
-                x = self._matrix(h, rank)
-                batches[h.shape, h.split, x.at_owner or h.spread].append(x)
-            owned = [x for batch in batches.values() for x in batch if x.at_owner]
+        for batches in self.at.batches():
+            owned = [x for batch in batches for x in batch if x.at_owner]
             numbers = [self._numbers(x) for x in owned]
             for x, owner in zip(owned, assign([x.holding for x in owned], numbers, loads), strict=True):
                 x.owner = owner
-            found += batches.values()
+            found += batches
         return found
-
-    def _matrix(self, h: Holding, rank: int) -> Matrix:
-        optim = self.optim
-        transposed = side_of(h.shape, optim.side) == "left"
-        place = choose(h, int(transposed), rank, optim.side == "full" or optim.subspace == "svd")[0]
-        if optim.placement != "auto" and h.group is not None:
-            place = optim.placement
-        return Matrix(h, rank, transposed, place == "owner")
 
     def _factors_with_owners(self) -> Iterator[tuple[Holding, int]]:
         """Yield LORO's factors and the owners of their exact steps, if there are such steps."""
-        ins = [self.holdings[name] for name in self.factors if name.endswith("in")]
-        outs = [self.holdings[h.name.removesuffix("in") + "out"] for h in ins]
+        ins = [self.at.holdings[name] for name in self.factors if name.endswith("in")]
+        outs = [self.at.holdings[h.name.removesuffix("in") + "out"] for h in ins]
         if outs and outs[0].group is not None and self.optim.exact_every:
             sizes = ((a.shape[0] + b.shape[0], a.shape[1]) for a, b in zip(ins, outs, strict=True))
             owners = assign(outs, [(mn + 8 * r) * r**2 for mn, r in sizes], [0.0] * self.N)
             for *pair, owner in zip(ins, outs, owners, strict=True):
                 yield from ((h, owner) for h in pair)
 
-    def _along(self, h: Holding, dim: int | None = None) -> Amounts:
-        """Return how many numbers of a parameter each process has, or lines along a dimension."""
-        if dim is not None and dim != h.split:
-            return np.full(self.N, h.shape[dim])
-        spread = h.spread or (h.tiles,) * self.N
-        return np.array([sum(t.numel if dim is None else t.sizes[dim] for t in tiles) for tiles in spread])
-
-    def _own(self, names: Iterable[str]) -> Amounts:
-        """Return how many numbers of the parameters each process has."""
-        return sum((self.held[name] for name in names), np.zeros(self.N, np.int64))
-
-    def _whole(self, names: Iterable[str]) -> Amounts:
-        """Return how many numbers the parameters have, for each process."""
-        return np.full(self.N, sum(math.prod(self.shapes[name]) for name in names))
-
-    # Of the optimizer.
-
     def _regular_state(self, name: str) -> dict[str, Any]:
         """Return the bytes of state of a parameter that is not projected, by key."""
-        shape, moment = self.shapes[name], self.held[name] * self.w
+        shape, held = self.at.shapes[name], self.at.held[name]
         if self.optim.base == "adafactor":
             return {"step": INTEGER} | {key: WIDE * math.prod(s) for key, s in _factored(shape).items()}
+        moment = held * float_dtype(self.optim.moments, self.own_dtype).itemsize
         state = {"step": INTEGER, "exp_avg": moment, "exp_avg_sq": moment}
         if self.optim.rule == "loro":
             state["updates"] = INTEGER
         if self.optim.mode == "lowrank_wn":
             rows = WIDE * (shape[0] if len(shape) > 1 else 1)
-            state |= {"v": moment, "magnitude_exp_avg": rows, "magnitude_exp_avg_sq": rows}
+            state |= {"v": held * self.w, "magnitude_exp_avg": rows, "magnitude_exp_avg_sq": rows}
         return state
 
     def _matrix_state(self, x: Matrix) -> dict[str, tuple[Any, int]]:
         """Return (numbers, bytes of one) of a matrix's state by key: of each process, or of its owner."""
-        (m, n), r, optim = x.shape, x.rank, self.optim
-        lines = m if x.at_owner else self._along(x.holding, int(x.transposed))
-        rows = x.holding.shape[0] if x.at_owner else self._along(x.holding, 0)
+        (m, n), r, optim, own = x.shape, x.rank, self.optim, self.own_dtype
+        lines = m if x.at_owner else self.at.along(x.holding, int(x.transposed))
+        rows = x.holding.shape[0] if x.at_owner else self.at.along(x.holding, 0)
+        basis = float_dtype(optim.basis, own).itemsize
         state: dict[str, tuple[Any, int]] = dict.fromkeys(("side", "age", "step", "phase"), (1, INTEGER))
-        moments = {"exp_avg": lines * r, "exp_avg_sq": lines * r}
         if optim.side == "full":
-            moments = {"exp_avg": r * r, "exp_avg_sq": r * r}
-            state["basis_left"] = m * r, self.w
+            lines = r
+            state["basis_left"] = m * r, basis
         if optim.base == "adafactor":
             factored = _factored((r if optim.side == "full" else m, r))
             state |= {key: (math.prod(shape), WIDE) for key, shape in factored.items()}
         else:
-            state |= {key: (numbers, self.w) for key, numbers in moments.items()}
+            kept = stored(optim.moments, r, own)
+            state |= {key: (lines * width, dtype.itemsize) for key, (width, dtype) in kept.items()}
         if optim.side == "full" or optim.subspace != "random":
-            state["basis"] = n * r, self.w
+            state["basis"] = n * r, basis
         elif optim.placement != "seeded":
-            state["drawn"] = n * r, self.w
+            state["drawn"] = n * r, basis
         if optim.rule == "gradnormlorp" and optim.mode != "dora":
             vectors = ("magnitude", "norm") if self.reads else ()
             for key in (*vectors, "magnitude_exp_avg", "magnitude_exp_avg_sq"):
@@ -378,22 +275,52 @@ class _Terms:
         apart = ("step", "phase", "drawn")
         return float(sum(numbers for key, (numbers, _) in self._matrix_state(x).items() if key not in apart))
 
-    def _add_need(self, x: Matrix, need: Amounts) -> None:
-        """Add what a matrix takes for the time of its update, in numbers, to that of each process."""
-        if x.owner is None:
-            need += (3 + self.reads) * x.rank * self._along(x.holding, int(x.transposed))
-            return
-        held, numel = self.held[x.holding.name], math.prod(x.shape)
-        travels = held[x.owner] < numel
-        need += held * (2 if travels else 1)
-        if travels:
-            need[x.owner] += numel * (4 if self.reads or x.holding.split == 1 else 3)
-        else:
-            need[x.owner] += numel * (1 - self.reads)
+    def _regular_need(self, names: list[str]) -> Amounts:
+        """Return what the parameters of a group that are not projected take for the time of their update."""
+        t = self.at.own(names) * self.w
+        if float_dtype(self.optim.moments, self.own_dtype) == self.own_dtype:
+            return 2 * t
+        part = np.minimum(np.max([self.at.held[name] for name in names], axis=0), PART)
+        return np.maximum(t + IN_PARTS["bfloat16"] * part, (1 + (names[0] in self.factors)) * t)
+
+    def _parts(self, batch: list[Matrix]) -> list[list[Matrix]]:
+        """Return the matrices of a batch whose exchange is one."""
+        h = batch[0].holding
+        size = math.prod(h.shape) * self.w
+        count = max(1, CHUNK_BYTES * self.N // size) if batch[0].at_owner else len(batch)
+        return [batch[i : i + count] for i in range(0, len(batch), count)]
+
+    def _matrices_need(self, part: list[Matrix]) -> Amounts:
+        """Return what matrices that are updated together take for the time of their update."""
+        x, w, reads = part[0], self.w, self.reads
+        (m, n), r, h = x.shape, x.rank, x.holding
+        b = np.full(self.N, len(part))
+        lines: Any = m if x.at_owner else self.at.along(h, int(x.transposed))
+        if x.at_owner:
+            b = np.bincount([x.owner for x in part], minlength=self.N)
+        R, P = b * lines * r * w, b * n * r * w
+        need = (3 + reads) * R
+        kind = self.optim.moments or str(self.own_dtype).removeprefix("torch.")
+        if kind != str(self.own_dtype).removeprefix("torch."):
+            numbers = np.minimum(np.maximum(lines * r, PART), b * lines * r)
+            need = np.maximum(need, 2 * R + IN_PARTS[kind] * numbers)
+        copied = (
+            self.optim.subspace == "random" or float_dtype(self.optim.basis, self.own_dtype) != self.own_dtype
+        )
+        need = need + P * (int(copied) + (reads and x.transposed))
+        if not x.at_owner:
+            return need
+        travelling = [x for x in part if self.at.held[x.holding.name][x.owner] < m * n]
+        held = sum((self.at.held[x.holding.name] for x in travelling), np.zeros(self.N, np.int64)) * w
+        moving = np.bincount([x.owner for x in travelling], minlength=self.N) * m * n * w
+        new = b * m * n * w - reads * (b * m * n * w - moving)  # what is read is updated in place
+        gather = (1 + reads) * (held + 2 * moving)
+        scatter = new + moving * (1 + (h.split == 1)) + 2 * held
+        return np.max([gather, moving + new + need, scatter], axis=0)
 
     def _exchanged(self, h: Holding, owner: int, kinds: int) -> Amounts:
         """Return the bytes that bring `kinds` tensors of a parameter to its owner, and one back."""
-        held, numel = self.held[h.name], math.prod(h.shape)
+        held, numel = self.at.held[h.name], math.prod(h.shape)
         if held[owner] == numel:
             return 0 * held
         sent = kinds * held
@@ -411,69 +338,67 @@ class _Terms:
 
     def _summed_in_refresh(self, x: Matrix) -> int:
         """Return the bytes that the processes add up for a matrix in a refresh, beyond an ordinary step."""
-        (m, n), r = x.shape, x.rank
+        (m, n), r, subspace = x.shape, x.rank, self.optim.subspace
         product, inner = self._product(x, r) * self.w, 0 if x.across else r * r * WIDE
-        iterations = {"warm": 1, "randomized": RANDOMIZED_ITERATIONS}.get(self.optim.subspace, 0)
+        iterations = {"warm": 1, "randomized": RANDOMIZED_ITERATIONS}.get(subspace, 0)
         found = iterations * (product + n * r * self.w) + (product + inner if iterations else 0)
-        if self.optim.subspace == "svd" or (self.optim.subspace == "gram" and (x.across or x.shared)):
+        if subspace == "svd" or (subspace == "gram" and (x.across or x.shared)):
             found = m * n * self.w
-        elif self.optim.subspace == "gram":
+        elif subspace == "gram":
             found = n * n * WIDE
-        return found + product + inner + WIDE  # what is measured: energy
+        largest = WIDE * (subspace not in ("svd", "random"))
+        return found + largest + product + inner + WIDE  # what is measured: energy
 
     # Of the engine.
 
     def _passes(self) -> Amounts:
         """Return what FSDP2's forward and backward take."""
-        gathered, reduced = self._units(self.shapes), self._units(self.trained)
-        head = self._units(name for name in self.trained if "embed_tokens" not in name)
+        at, kept = self.at, not self.engine.reshard_after_forward
+        gathered, reduced = self._units(at.shapes), self._units(at.trained)
+        head = self._units(name for name in at.trained if "embed_tokens" not in name)
         e, e_reduced, h = (units.pop(OUTSIDE, 0) for units in (gathered, reduced, head))
         b, b_reduced = max(gathered.values()), max(reduced.values())
-        blocks = [name for name in self.trained if _unit(name) != OUTSIDE]
-        later = [name for name in blocks if _unit(name) not in list(gathered)[:2]]
-        done = self._own(later), self._own(blocks)
+        ahead = min(max(self.engine.prefetch_blocks, 1), len(gathered) - 1)
+        blocks = [name for name in at.trained if _unit(name) != OUTSIDE]
+        later = [name for name in blocks if _unit(name) not in list(gathered)[: ahead + 1]]
+        done = at.own(later), at.own(blocks)
         if self.micros > 1:  # the gradients of the micro-batches before
-            done = (self._own(self.trained) + b_reduced // self.N,) * 2
-        second_block = (e + 2 * b + b_reduced + h) * self.c + b_reduced * WIDE + done[0] * self.w
+            done = (at.own(at.trained) + b_reduced // self.N,) * 2
+        all_blocks = sum(gathered.values()) * kept
+        amid = (e + (1 + ahead) * b + b_reduced + h) * self.c + b_reduced * WIDE + done[0] * self.w
         rest = (e + e_reduced) * self.c + e_reduced * WIDE + done[1] * self.w
-        return np.maximum(second_block, rest)
+        return np.maximum(amid, rest)
 
     def _units(self, names: Iterable[str]) -> dict[str, int]:
         """Return the numbers of FSDP2's units: every process's shard is as large as the largest."""
         units: dict[str, int] = defaultdict(int)
         for name in names:
-            units[_unit(name)] += int(self.held[name].max()) * self.N
+            units[_unit(name)] += int(self.at.held[name].max()) * self.N
         return units
 
     def _communicated(self) -> tuple[Any, Any]:
         """Return what is sent of parameters and of gradients."""
-        ring, T = (self.N - 1) / self.N, sum(math.prod(self.shapes[name]) for name in self.trained)
+        at, n = self.at, self.at.n_procs
+        ring, T = (self.N - 1) / self.N, sum(math.prod(at.shapes[name]) for name in at.trained)
         if self.engine.kind == "fsdp":
-            gathered, reduced = self._units(self.shapes), sum(self._units(self.trained).values()) * WIDE
-            numbers = 2 * sum(gathered.values()) - gathered[OUTSIDE]
+            gathered, reduced = self._units(at.shapes), sum(self._units(at.trained).values()) * WIDE
+            numbers = (1 + self.engine.reshard_after_forward) * sum(gathered.values())
+            numbers -= self.engine.reshard_after_forward * gathered[OUTSIDE]
             replicas = 2 * (self.engine.replicas - 1) / self.engine.replicas
             times = 1 if self.engine.accumulate_unsharded else self.micros
             return self.micros * ring * numbers * self.c, times * (ring + replicas / self.N) * reduced
-        if not self.stage:
-            return 0, 2 * (self.n_procs - 1) / self.n_procs * T * self.w
-        size = BYTES[self.ds["communication_data_type"]]
-        if self.stage == 3:
-            everything = sum(math.prod(shape) for shape in self.shapes.values())
-            far = everything > self.ds["zero_optimization"].get("stage3_max_reuse_distance", 1e9)
+        if not at.stage:
+            return 0, 2 * (n - 1) / n * T * self.w
+        size = DTYPES[at.ds["communication_data_type"]].itemsize
+        if at.stage == 3:
+            everything = sum(math.prod(shape) for shape in at.shapes.values())
+            far = everything > at.ds["zero_optimization"].get("stage3_max_reuse_distance", 1e9)
             numbers = everything * (2 if far else 1)
             return self.micros * ring * numbers * self.c, self.micros * ring * T * size
-        return ring * T * self.c, (1 if self.stage == 1 else self.micros) * 2 * ring * T * size
+        return ring * T * self.c, (1 if at.stage == 1 else self.micros) * 2 * ring * T * size
 
 
 _factored = functools.partial(moment_shapes, hp={"beta1": None})
-
-
-@functools.cache
-def _evenly(shape: tuple[int, ...], line: int, n_procs: int) -> tuple[Tiles, ...]:
-    """Return the tiles of each process: as many lines of so many numbers, the last processes fewer."""
-    numel = math.prod(shape)
-    part = -(-numel // (line * n_procs)) * line
-    return tuple(cut(shape, min(k * part, numel), min((k + 1) * part, numel)) for k in range(n_procs))
 
 
 def _unit(name: str) -> str:
