@@ -107,9 +107,9 @@ class Layout:
         return np.full(self.N, sum(math.prod(self.shapes[name]) for name in names))
 
     def batches(self) -> Iterator[list[list[Matrix]]]:
-        """Yield, for each rank, the matrices that the rule projects: together those that are updated together.
+        """Yield for each rank the matrices that the rule projects, together those that are updated together.
 
-        Who owns those that are updated at owners is left to the caller.
+        Owners are left to the caller, who knows how much state each would keep.
         """
         if self.optim.rule not in groups.PROJECTED:
             return
