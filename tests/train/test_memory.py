@@ -299,14 +299,14 @@ MODEL = {
 class Live(TorchDispatchMode):
     """Adds up the bytes of all storages that are alive, whenever one is new or grows: `peak` is the most."""
 
-    def __init__(self):
+    def __init__(self, device="cpu"):
         super().__init__()
-        self.storages, self.peak = {}, 0
+        self.device, self.storages, self.peak = device, {}, 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out, grown = func(*args, **(kwargs or {})), False
         for t in tree_leaves((args, kwargs, out)):
-            if isinstance(t, torch.Tensor) and not isinstance(t, DTensor):
+            if isinstance(t, torch.Tensor) and not isinstance(t, DTensor) and t.device.type == self.device:
                 storage = t.untyped_storage()
                 ref, size = self.storages.get(storage._cdata, (lambda: None, 0))
                 if ref() is None or size != storage.nbytes():
@@ -351,7 +351,7 @@ def test_an_update_takes_what_is_planned(point, request, tmp_path):
             for _, param in params:
                 param.grad = torch.zeros_like(param)
             optimizer.step()  # with a refresh
-            with Live() as live:
+            with Live("meta") as live:
                 optimizer.step()  # shows what is there to `live`
                 before, live.peak = live.bytes(), 0
                 optimizer.step()
