@@ -58,8 +58,9 @@ twice that of an all-reduce.
     refresh     Aligned: what optim/subspace.py adds up, over `refresh_every` steps. At owners: nothing.
                 LORO: 3 (m + n) r w / N over `exact_every` steps
 
-Single numbers for a whole model are not counted. The optimizers' terms follow from optim/ and
-sharding/placement.py; those of FSDP2 and DeepSpeed were measured (torch 2.13, deepspeed 0.19).
+Not counted are single numbers for a whole model, and bases that replicas (HSDP) agree on. The optimizers'
+terms follow from optim/ and sharding/placement.py; those of FSDP2 and DeepSpeed were measured (torch 2.13,
+deepspeed 0.19).
 """
 
 from __future__ import annotations
@@ -394,24 +395,22 @@ class _Terms:
         head = self._units(name for name in at.trained if "embed_tokens" not in name)
         e, e_reduced, h = (units.pop(OUTSIDE, 0) for units in (gathered, reduced, head))
         b, b_reduced = max(gathered.values()), max(reduced.values())
-        # How many blocks are there, of what is gathered, when the gradients of a block are.
-        there = (
-            1 + max(self.engine.prefetch_blocks, 1) if self.engine.reshard_after_forward else len(gathered)
-        )
-        there = min(there, len(gathered))
+        there = len(gathered)  # of the blocks, when the gradients of one are
+        if self.engine.reshard_after_forward:
+            there = min(there, 1 + max(self.engine.prefetch_blocks, 1))
         blocks = [name for name in at.trained if _unit(name) != OUTSIDE]
         later = [name for name in blocks if _unit(name) not in list(gathered)[:there]]
         done = at.own(later), at.own(blocks)
         if self.micros > 1:  # the gradients of the micro-batches before
             done = (at.own(at.trained) + b_reduced // self.N,) * 2
         block, root = WIDE * b_reduced, WIDE * e_reduced
-        moments = [
+        candidates = [
             (e + there * b + b_reduced + h) * self.c + block + done[0] * self.w,
             (e + (there - 1) * b + h) * self.c + (1 + self.gloo) * block + block // self.N + done[0] * self.w,
             e_reduced * self.c + root + done[1] * self.w,
             h * self.c + (1 + self.gloo) * root + root // self.N + done[1] * self.w,
         ]
-        return np.max(moments, axis=0)
+        return np.max(candidates, axis=0)
 
     def _units(self, names: Iterable[str]) -> dict[str, int]:
         """Return the numbers of FSDP2's units: every process's shard is as large as the largest."""
