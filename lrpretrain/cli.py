@@ -1,23 +1,27 @@
-"""The tools beside training: `lrpretrain show | memory | doctor | tokenizer | tokenize | …`."""
+"""The tools beside training: `lrpretrain show | memory | doctor | bench | tokenize | export | eval | …`."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import logging
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from lrpretrain import __version__
 from lrpretrain.config import Config, DataConfig
-from lrpretrain.errors import CheckpointError, ConfigError, DataError, LrpretrainError
+from lrpretrain.errors import ConfigError, DataError, LrpretrainError
+
+MODEL = "a checkpoint, a run folder for its newest one, or a model in the Hugging Face format"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one tool; return its exit code: 0, 1 doctor, 2 configuration, 3 data or disk, 4 checkpoint."""
+    """Run one tool; return its exit code: 0, 1 doctor, bench, 2 configuration, 3 data, disk, 4 checkpoint."""
     parser = build_parser()
     known, rest = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
-    if rest and known.run not in (show, memory, doctor):
+    if rest and known.run not in (show, memory, doctor, bench_train, evaluate):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     known.overrides = rest
     logging.basicConfig(format="%(message)s")
@@ -87,6 +91,36 @@ def doctor(args: argparse.Namespace) -> None:
         raise LrpretrainError(f"{failed} of the checks failed")
 
 
+def bench_train(args: argparse.Namespace) -> None:
+    """Measure variants of a configuration's training on this node; print a table."""
+    import torch
+
+    from lrpretrain import bench, config
+    from lrpretrain.train import plan
+
+    n_procs = args.procs or torch.cuda.device_count() or 1
+    base = [*bench.BASE, f"--train.global_batch={bench.SEQUENCES * n_procs}"]
+    given = {argument.partition("=")[0] for argument in args.overrides}
+    read, problems = config.parse(
+        [*([] if "--config" in given else base), *args.overrides], prog="lrpretrain bench train"
+    )
+    varied = {"optim.rule": "rules", "engine.compile": "compile", "model.checkpointing": "checkpointing"}
+    problems += [
+        f"--{key} is varied here. Use --{option}." for key, option in varied.items() if f"--{key}" in given
+    ]
+    chosen = bench.variants(args.rules, args.compile, args.checkpointing)
+    for variant in chosen:
+        problems += [p for p in plan.problems(variant.of(read), n_procs) if p not in problems]
+    if problems:
+        raise ConfigError(problems)
+    failed = []
+    for line, wrong in bench.compare(read, chosen, n_procs, args.steps, args.patience_s):
+        print(line, flush=True)
+        failed += [wrong] if wrong else []
+    if failed:
+        raise LrpretrainError("\n".join(failed))
+
+
 def train_tokenizer(args: argparse.Namespace) -> None:
     """Train a sentencepiece tokenizer on the documents of C4-format shards or of the embedded corpus."""
     from lrpretrain.data import tokenizer
@@ -126,34 +160,15 @@ def download(args: argparse.Namespace) -> None:
 
 
 def generate(args: argparse.Namespace) -> None:
-    """Continue a prompt with the model of a checkpoint."""
+    """Continue a prompt with a trained model."""
     import torch
 
-    from lrpretrain import config
-    from lrpretrain.artifacts import checkpoint
-    from lrpretrain.data.inputs import open_tokenizer
-    from lrpretrain.model import llama
-    from lrpretrain.sharding import hold
-    from lrpretrain.sharding.procs import Procs
-    from lrpretrain.train.loop import check_tokenizer
+    from lrpretrain.train import trained
 
-    path = args.checkpoint
-    if not (path / "manifest.json").is_file():
-        found = checkpoint.complete(path / "checkpoints")
-        if not found:
-            raise CheckpointError(f"{path} is neither a checkpoint nor a run folder with a complete one.")
-        path = found[0]
-    saved = checkpoint.read_run(path)
-    run = config.from_dict(saved["config"])
-    own = path.resolve().parents[1] / "tokenizer.model"
-    run.data.tokenizer = args.tokenizer or (str(own) if own.is_file() else run.data.tokenizer)
-    model = llama.configured(run)
-    ids = open_tokenizer(run, model.config.vocab_size)
-    if problems := check_tokenizer(path, saved, run, ids):
-        raise ConfigError(problems)
-    llama.materialize(model, torch.device("cpu"))
-    holdings = [hold(name, param) for name, param in model.named_parameters()]
-    checkpoint.load(path, {f"model/{h.name}": h.piece for h in holdings}, Procs())
+    found = trained.find(args.checkpoint)
+    found.config.data.tokenizer = args.tokenizer or found.config.data.tokenizer
+    ids = found.tokenizer()
+    model = found.model()
     torch.manual_seed(args.seed)
     prompt = torch.from_numpy(ids.encode(args.prompt)[None, :-1])  # without the eos
     sampling = {"temperature": args.temperature} if args.temperature > 0 else {}
@@ -172,6 +187,48 @@ def generate(args: argparse.Namespace) -> None:
     print(ids.decode(written[0].tolist()))
 
 
+def export(args: argparse.Namespace) -> None:
+    """Write a trained model in the Hugging Face format."""
+    import torch
+
+    from lrpretrain.artifacts.export import export, refuse_taken
+    from lrpretrain.train import trained
+
+    refuse_taken(args.out)
+    found = trained.find(args.checkpoint)
+    found.config.data.tokenizer = args.tokenizer or found.config.data.tokenizer
+    tokenizer = None if args.no_tokenizer else found.tokenizer()
+    dtype = args.dtype or found.config.precision.params
+    wants = {"form": args.form, "dtype": getattr(torch, dtype), "shard_size": args.shard_size}
+    export(found.model(), found.shape, tokenizer, args.out, **wants)
+    print(f"wrote {args.out}: the model of {found.path}, {args.form}, in {dtype}")
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    """Print the perplexity of a trained model on validation data."""
+    from lrpretrain.engine.device import pick_device
+    from lrpretrain.train import trained
+
+    model = trained.find(args.model)
+    tokens = [f"--train.eval_tokens={args.tokens}"] if args.tokens else []
+    trained.configure(model, [*args.overrides, *tokens])
+    found = trained.evaluate(model, pick_device())
+    if args.json:
+        print(json.dumps({"model": str(model.path), "data.source": model.config.data.source, **found}))
+        return
+    print(f"{model.path} on {found['valid/targets']:,} tokens of data.source={model.config.data.source}")
+    for name, ppl, loss, how in (
+        ("perplexity", "valid/ppl", "valid/loss", "every token counts the same"),
+        (
+            "of the papers' scripts",
+            "valid/biased_ppl",
+            "valid/biased_loss",
+            "sum of the micro-batches' means, divided by their number + 1",
+        ),
+    ):
+        print(f"{name:24}{found[ppl]:10.4f}   loss {found[loss]:.6f}   {how}")
+
+
 def _text(args: argparse.Namespace) -> DataConfig:
     """Return the data that the options --path and, where the tool has it, --tokenizer mean."""
     tokenizer = getattr(args, "tokenizer", None)
@@ -184,17 +241,21 @@ def build_parser() -> argparse.ArgumentParser:
         prog="lrpretrain",
         description="Tools around pretraining. `lrpretrain TOOL --help` explains one.",
         epilog="Training itself is `python -m lrpretrain.pretrain --help`. "
-        "Exit codes: 0 done, 1 a check of the doctor failed, 2 configuration, 3 data or disk, 4 checkpoint.",
+        "Exit codes: 0 done, 1 a check of the doctor or a measurement failed, 2 configuration, "
+        "3 data or disk, 4 checkpoint.",
     )
     parser.add_argument("--version", action="version", version=__version__)
     tools = parser.add_subparsers(required=True, metavar="TOOL", title="tools")
     _add_show(tools)
     _add_memory(tools)
     _add_doctor(tools)
+    _add_bench(tools)
     _add_tokenizer(tools)
     _add_tokenize(tools)
     _add_download(tools)
     _add_generate(tools)
+    _add_export(tools)
+    _add_eval(tools)
     return parser
 
 
@@ -245,6 +306,33 @@ def _add_doctor(tools) -> None:  # type: ignore[no-untyped-def]
     tool.add_argument("--patience_s", type=float, default=600.0, help=patience)
 
 
+def _add_bench(tools) -> None:  # type: ignore[no-untyped-def]
+    group = tools.add_parser(
+        "bench", help="measure speed and memory", description="Measure speed and memory."
+    )
+    usage = "lrpretrain bench train [--config FILE] [options] [--section.field VALUE ...]"
+    about = (
+        "train on random tokens: rule × compiling × checkpointing, each for a few steps in new processes; "
+        "print a Markdown table (default: 1B in bfloat16 over float32 weights under FSDP2)"
+    )
+    actions = group.add_subparsers(required=True, metavar="ACTION")
+    tool = _add(actions, "train", bench_train, about, usage=usage, allow_abbrev=False)
+    choices = {
+        "rules": (["adamw", "galore", "gradnormlorp", "loro"], ["adamw", "galore", "loro"]),
+        "compile": (["off", "on"], ["off", "on"]),
+        "checkpointing": (["none", "selective", "full"], ["none", "selective"]),
+    }
+    for name, (possible, default) in choices.items():
+        which = f"of {', '.join(possible)} (default: {' '.join(default)})"
+        tool.add_argument(f"--{name}", nargs="+", choices=possible, default=default, help=which, metavar="X")
+    steps = "steps that are measured, after 4 to warm up; every 4th refreshes (default: %(default)s)"
+    tool.add_argument("--steps", type=_count, default=12, help=steps)
+    procs = "processes of a variant (default: one for each GPU, or 1 on a CPU)"
+    tool.add_argument("--procs", type=_count, help=procs)
+    patience = "seconds that a variant has (default: %(default)s)"
+    tool.add_argument("--patience_s", type=float, default=1800.0, help=patience)
+
+
 def _add_tokenizer(tools) -> None:  # type: ignore[no-untyped-def]
     group = tools.add_parser("tokenizer", help="make a tokenizer", description="Make a tokenizer.")
     about = "train a sentencepiece BPE model on text (ids: pad 0, eos 1, unknown 2)"
@@ -288,8 +376,7 @@ def _add_download(tools) -> None:  # type: ignore[no-untyped-def]
 
 def _add_generate(tools) -> None:  # type: ignore[no-untyped-def]
     tool = _add(tools, "generate", generate, "continue a prompt with a trained model, on the CPU")
-    which = "a checkpoint, or a run folder for its newest one"
-    tool.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help=which)
+    tool.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help=MODEL)
     tool.add_argument("prompt", metavar="PROMPT", help="text to continue")
     tool.add_argument("--tokens", type=_count, default=64, help="new tokens, at most (default: %(default)s)")
     heat = "0 takes the most likely token, more is bolder (default: %(default)s)"
@@ -297,6 +384,39 @@ def _add_generate(tools) -> None:  # type: ignore[no-untyped-def]
     seed = "of the sampling, where the temperature is above 0 (default: %(default)s)"
     tool.add_argument("--seed", type=int, default=0, help=seed)
     tool.add_argument("--tokenizer", help="a .model file or a tokenizer of the hub (default: the run's own)")
+
+
+def _add_export(tools) -> None:  # type: ignore[no-untyped-def]
+    tool = _add(tools, "export", export, "write a trained model in the Hugging Face format")
+    tool.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help=MODEL)
+    tool.add_argument("out", type=Path, metavar="OUT", help="the folder to write")
+    form = "dense: for transformers, low-rank factors and adapters merged; factored: LORO's factors as they "
+    form += "are, for lrpretrain.model.llama.from_pretrained (default: %(default)s)"
+    tool.add_argument("--form", choices=["dense", "factored"], default="dense", help=form)
+    floats = "of the weights (default: the run's precision.params)"
+    tool.add_argument("--dtype", choices=["float32", "bfloat16"], help=floats)
+    size = "of a file of weights, at most (default: %(default)s)"
+    tool.add_argument("--shard_size", type=_size, default="5GB", help=size)
+    tool.add_argument("--tokenizer", help="a .model file or a tokenizer of the hub (default: the run's own)")
+    without = "write no files of a tokenizer (default: those that AutoTokenizer loads)"
+    tool.add_argument("--no_tokenizer", action="store_true", help=without)
+
+
+def _size(text: str) -> str:
+    """Read a size such as 5GB; argparse says which option it was for."""
+    if not re.fullmatch(r"[1-9]\d*[KMGT]B", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 500MB or 5GB")
+    return text
+
+
+def _add_eval(tools) -> None:  # type: ignore[no-untyped-def]
+    usage = "lrpretrain eval MODEL [--tokens N] [--json] [--section.field VALUE ...]"
+    about = "measure the perplexity of a trained model on validation data, by default that of its run"
+    tool = _add(tools, "eval", evaluate, about, usage=usage, allow_abbrev=False)
+    tool.add_argument("model", type=Path, metavar="MODEL", help=MODEL)
+    tokens = "non-pad tokens, rounded up to whole global batches (default: the run's train.eval_tokens)"
+    tool.add_argument("--tokens", type=_count, help=tokens)
+    tool.add_argument("--json", action="store_true", help="print one line of JSON (default: a table)")
 
 
 if __name__ == "__main__":

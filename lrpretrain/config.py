@@ -10,7 +10,7 @@ import difflib
 import logging
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -177,6 +177,16 @@ class TrainConfig:
     """cosine_restart: steps of the ramp after a restart."""
     clip_norm: float | None = None
     """Largest norm of the raw gradient (default: no clipping)."""
+    unsound: Literal["stop", "skip"] = "stop"
+    """What is done about a step whose loss or gradient is not finite, or whose loss is a spike. It changes
+    nothing in either case: stop ends the run with a checkpoint after it, skip goes on with the next batch."""
+    max_skipped: int = 10
+    """skip: how many steps in a row may be so before the run stops all the same."""
+    spike_sigmas: float = 10.0
+    """How many standard deviations a loss lies above the mean of the last ones to be a spike; a deviation
+    counts as at least 3 % of the mean. 0: no loss is."""
+    spike_window: int = 100
+    """Over how many losses mean and deviation are taken; before there are as many, no loss is a spike."""
     prompt: str | None = None
     """A line that the model continues at each evaluation."""
     profile_steps: int = 0
@@ -277,8 +287,12 @@ def shipped_names(kind: str) -> list[str]:
     )
 
 
-def parse(argv: Sequence[str], prog: str = "lrpretrain.pretrain") -> tuple[Config, list[Problem | str]]:
+def parse(
+    argv: Sequence[str], prog: str = "lrpretrain.pretrain", onto: Config | None = None
+) -> tuple[Config, list[Problem | str]]:
     """Read a configuration from a command line, and return it with everything that is wrong with it.
+
+    What is not given there is as in `onto`, or the default.
 
     Items that cannot be read keep their default, so that the rest can be checked as well. `--help` and
     `--print_config` print and exit.
@@ -287,7 +301,7 @@ def parse(argv: Sequence[str], prog: str = "lrpretrain.pretrain") -> tuple[Confi
     if any(a in ("-h", "--help") for a in argv):
         parser.parse_args(["--help"])
     problems: list[Problem | str] = []
-    values: dict[str, dict[str, Any]] = {}
+    values: dict[str, dict[str, Any]] = {} if onto is None else asdict(onto)
     known = {f"{s.name}.{f.name}" for s in fields(Config) for f in fields(s.default_factory)}  # type: ignore[arg-type]
     for key, value, origin in _items(argv, problems):
         if key not in known:

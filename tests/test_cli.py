@@ -39,7 +39,7 @@ def run(capsys):
     return run
 
 
-TOOLS = ["show", "memory", "doctor", "tokenizer train", "tokenize", "download", "generate"]
+TOOLS = ["show", "memory", "doctor", "tokenizer train", "tokenize", "download", "generate", "export", "eval"]
 
 
 @pytest.mark.parametrize("tool", ["", *TOOLS])

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from test_recipes import processes
 from tiny import ROOT
 
 from lrpretrain import __version__, cli, config
@@ -94,6 +95,13 @@ def tabulated(line):
     assert f"{line}\n```\n\n| GiB |" in README
 
 
+def evaluation(line):
+    """Read what an evaluation gets; test_export.py runs some."""
+    known, rest = cli.build_parser().parse_known_args(shlex.split(line)[1:])
+    assert known.run is cli.evaluate
+    assert config.parse(rest)[1] == []
+
+
 # How a command is tried, by how it begins. The scripts run in test_launch.py, and run.sh around us.
 TRIED = {
     "bash launch/quickstart.sh": script,
@@ -103,6 +111,7 @@ TRIED = {
     "bash launch/zero.sh ": launcher,
     "lrpretrain doctor ": doctor,
     "lrpretrain memory ": tabulated,
+    "lrpretrain eval ": evaluation,
     "source .venv/bin/activate": exists,
     "tensorboard --logdir ": exists,
     "python -m lrpretrain.pretrain ": lambda line: train(line, 1),
@@ -159,11 +168,20 @@ def test_the_table_lists_what_can_be_chosen():
     assert all(row.count("| yes") == len(engines) for row in rows)
 
 
+def test_the_recipes_are_those_that_are_shipped():
+    listed = {}
+    for size, row in re.findall(
+        r"^\| `(\w+)` \| (.* \d.*) \|$", README.partition("papers' recipes")[2], re.M
+    ):
+        listed |= {f"llama_{size}_{name}": int(gpus) for name, gpus in re.findall(r"`(\w+)` (\d+)", row)}
+    assert listed == {name: processes(name) for name in config.shipped_names("recipes")}
+
+
 def test_exit_codes_are_those_of_the_errors():
     from lrpretrain import errors
 
     said = README.partition("Exit codes: ")[2].split(";")[0]
-    kinds = [errors.ConfigError, errors.DataError, errors.CheckpointError, errors.NonFiniteError]
+    kinds = [errors.ConfigError, errors.DataError, errors.CheckpointError, errors.UnsoundError]
     codes = [0, *(kind.exit_code for kind in kinds), errors.EXIT_STOPPED, 1]
     assert [int(code) for code in re.findall(r"\b\d+\b", said)] == codes
 

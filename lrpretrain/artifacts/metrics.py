@@ -7,6 +7,7 @@ import math
 import resource
 import sys
 import time
+from typing import Protocol
 
 import torch
 
@@ -14,6 +15,13 @@ from lrpretrain.artifacts.rundir import RunDir
 
 # Dense bfloat16 peak of the tensor cores in FLOP/s, from NVIDIA's data sheets (without sparsity).
 PEAK_FLOPS = {"A100": 312e12, "H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12}
+
+
+class Timed(Protocol):
+    """What took a time that is known later."""
+
+    def ms(self) -> float:
+        """Return milliseconds."""
 
 
 class Metrics:
@@ -31,13 +39,13 @@ class Metrics:
         self._flops_per_token = flops_per_token
         self._since = time.perf_counter()
         self._step = start_step
-        self._tokens, self._wait_ms, self._optim_ms = 0, 0.0, 0.0
+        self._tokens, self._wait_ms, self._updates = 0, 0.0, list[Timed]()
 
-    def count(self, tokens: int, wait_ms: float, optim_ms: float) -> None:
+    def count(self, tokens: int, wait_ms: float, update: Timed) -> None:
         """Count a step: its tokens, the time that it waited for data and that of its update."""
         self._tokens += tokens
         self._wait_ms += wait_ms
-        self._optim_ms += optim_ms
+        self._updates.append(update)
 
     def pause(self, seconds: float) -> None:
         """Leave out time that was not training: evaluation and saving."""
@@ -51,7 +59,8 @@ class Metrics:
         if "train/loss" in values:
             values |= self._throughput(step)
         values = {"step": step, "tokens": tokens, **values, "mem/peak_gib": peak_gib()}
-        self._file.write(json.dumps(values) + "\n")
+        known = {key: value if math.isfinite(value) else None for key, value in values.items()}
+        self._file.write(json.dumps(known) + "\n")
         for tag, value in values.items():
             if "/" in tag:
                 self._board.add_scalar(tag, value, step)
@@ -62,7 +71,7 @@ class Metrics:
         if "valid/loss" in values:
             self._board.flush()
         self._since, self._step = time.perf_counter(), step
-        self._tokens, self._wait_ms, self._optim_ms = 0, 0.0, 0.0
+        self._tokens, self._wait_ms, self._updates = 0, 0.0, list[Timed]()
 
     def _throughput(self, step: int) -> dict[str, float]:
         elapsed = max(time.perf_counter() - self._since, 1e-9)
@@ -72,7 +81,7 @@ class Metrics:
             "perf/tokens_per_s": rate,
             "perf/step_ms": elapsed / steps * 1e3,
             "perf/data_wait_ms": self._wait_ms / steps,
-            "perf/optim_ms": self._optim_ms / steps,
+            "perf/optim_ms": sum(update.ms() for update in self._updates) / steps,
         }
         if self._peak:
             values["perf/mfu"] = rate * self._flops_per_token / self._peak

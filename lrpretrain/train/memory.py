@@ -29,11 +29,12 @@ Kept for a time:
                 left; the gradients of the blocks are there.
                 With several micro-batches all gradients are there at any time. `gloo`, on CPUs, copies the
                 4 b or 4 e that it adds up
-    update      AdamW: 2 t w of the largest param group. LORO: 2 t w of all factors. GaLore, of the matrices
-                of one shape, which are updated together: 3 m' r w of each (weightnorm 4), and n r w of bases
-                that are random or of another dtype; with moments of another dtype 2 m' r w, and IN_PARTS for
-                2^22 of them. At owners the same with m, and 2 m n w of each that is owned; before and after
-                it 2 m n w (weightnorm 4) and what is exchanged: t w (2 t w) before, 2 t w after
+    update      AdamW: 2 t w of the largest param group. LORO: 2 t w of all factors, 4 t w if they decay.
+                GaLore, of the matrices of one shape, which are updated together: 3 m' r w of each (weightnorm
+                4), and n r w of bases that are random or of another dtype; with moments of another dtype
+                2 m' r w, and IN_PARTS for 2^22 of them. At owners the same with m, and 2 m n w of each that
+                is owned; before and after it 2 m n w (weightnorm 4) and what is exchanged: t w (2 t w) before
+                and 2 t w after. Decay: t w
 
 `peak` is what is kept, and the larger of passes and gradients + update: of an ordinary step, without
 activations. Not in it: what a refresh or an exact step takes for its time; what is particular to the updates
@@ -213,6 +214,8 @@ class _Terms:
             alike[name in self.factors or ranks.get(name)].append(name)
         needs = [self._regular_need(names) for names in alike.values()]
         needs += [self._matrices_need(part) for batch in self.batches for part in self._parts(batch)]
+        if self.optim.weight_decay:
+            needs += [self.at.own(x.holding.name for x in batch) * self.w for batch in self.batches]
         return np.max(needs, axis=0)
 
     def sent(self) -> dict[str, Amounts]:
@@ -304,11 +307,14 @@ class _Terms:
 
     def _regular_need(self, names: list[str]) -> Amounts:
         """Return what the parameters of a group that are not projected take for the time of their update."""
-        t, lazy = self.at.own(names) * self.w, names[0] in self.factors
+        t = self.at.own(names) * self.w
+        if names[0] in self.factors:  # directions, steps, and what decays
+            return (4 if self.optim.weight_decay else 2) * t
         if (kind := self._other_moments()) is None or kind == "int8":
             return 2 * t
         largest = np.max([self.at.held[name] for name in names], axis=0)
-        return np.maximum(t + _of_part(kind, np.minimum(largest, PART), largest), (1 + lazy) * t)
+        decayed = t * bool(self.optim.weight_decay)
+        return t + np.maximum(_of_part(kind, np.minimum(largest, PART), largest), decayed)
 
     def _parts(self, batch: list[Matrix]) -> list[list[Matrix]]:
         """Return the matrices of a batch whose exchange is one."""
@@ -334,8 +340,10 @@ class _Terms:
         if (kind := self._other_moments()) is not None:
             entry = np.maximum(lines * r, 1)
             need = np.maximum(need, 2 * R + _of_part(kind, entry * np.clip(PART // entry, 1, b), entry * b))
-        if self.optim.subspace == "random" or float_dtype(self.optim.basis, self.own) != self.own:
-            need = np.maximum(need, P * (self.optim.placement == "seeded")) + P
+        basis = float_dtype(self.optim.basis, self.own)
+        if self.optim.subspace == "random" or basis != self.own:
+            drawn = P // self.w * basis.itemsize * (self.optim.placement == "seeded")
+            need = np.maximum(need, drawn) + P
         if not x.at_owner:
             return need
         travelling = [x for x in part if self.at.held[x.holding.name][x.owner] < m * n]

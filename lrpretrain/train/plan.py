@@ -39,11 +39,7 @@ def problems(config: Config, n_procs: int) -> list[Problem | str]:
         shape = llama.load_config(config.model)
     except ConfigError as error:
         return [*found, *error.problems]
-    if config.data.seq_len > shape.max_position_embeddings:
-        reason = f"is longer than the model's {shape.max_position_embeddings} positions"
-        found.append(
-            Problem("data.seq_len", config.data.seq_len, reason, "Lower it, or use another model.config")
-        )
+    found += too_long(config, shape.max_position_embeddings)
     shapes = llama.shapes(llama.build(shape))
     if config.model.init_from is not None:
         try:
@@ -51,6 +47,14 @@ def problems(config: Config, n_procs: int) -> list[Problem | str]:
         except ConfigError as error:
             found += error.problems
     return found + groups.problems(shapes, config.optim)
+
+
+def too_long(config: Config, positions: int) -> list[Problem | str]:
+    """Return what is wrong where rows are longer than the model's positions."""
+    if config.data.seq_len <= positions:
+        return []
+    reason, remedy = f"is longer than the model's {positions} positions", "Lower it, or use another model"
+    return [Problem("data.seq_len", config.data.seq_len, reason, remedy)]
 
 
 def check(config: Config, n_procs: int) -> list[Problem | str]:
@@ -75,9 +79,11 @@ def check(config: Config, n_procs: int) -> list[Problem | str]:
     for key in [
         *"train.eval_every train.save_every train.keep_checkpoints train.warmup_steps".split(),
         *"train.restart_warmup_steps train.profile_steps model.loss_chunk engine.prefetch_blocks".split(),
+        *"train.max_skipped train.spike_sigmas".split(),
     ]:
         section, name = key.split(".")
         refuse(getattr(getattr(config, section), name) < 0, key, "must not be negative", "0 turns it off")
+    refuse(train.spike_window < 2, "train.spike_window", "has no deviation", "Raise it to 2 or more")
     refuse(train.profile_from < 0, "train.profile_from", "must not be negative", "0 records the first steps")
     refuse(
         train.profile_steps > 0 and train.profile_from >= train.steps,
