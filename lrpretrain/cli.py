@@ -1,4 +1,4 @@
-"""The tools beside training: `lrpretrain show | doctor | bench | tokenize | export | eval | …`."""
+"""The tools beside training: `lrpretrain show | memory | doctor | bench | tokenize | export | eval | …`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one tool; return its exit code: 0, 1 doctor, bench, 2 configuration, 3 data, disk, 4 checkpoint."""
     parser = build_parser()
     known, rest = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
-    if rest and known.run not in (show, doctor, bench_train, evaluate):
+    if rest and known.run not in (show, memory, doctor, bench_train, evaluate):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     known.overrides = rest
     logging.basicConfig(format="%(message)s")
@@ -54,6 +54,17 @@ def show(args: argparse.Namespace) -> None:
     else:
         print(config.to_yaml(read))
         print(plan.describe(read, args.procs))
+
+
+def memory(args: argparse.Namespace) -> None:
+    """Print what every rule and placement asks of a process, by the number of processes."""
+    from lrpretrain import config
+    from lrpretrain.train import plan
+
+    read, problems = config.parse(["--engine.kind", "fsdp", *args.overrides], prog="lrpretrain memory")
+    if problems:
+        raise ConfigError(problems)
+    print(plan.table(read, args.procs))
 
 
 def doctor(args: argparse.Namespace) -> None:
@@ -236,6 +247,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=__version__)
     tools = parser.add_subparsers(required=True, metavar="TOOL", title="tools")
     _add_show(tools)
+    _add_memory(tools)
     _add_doctor(tools)
     _add_bench(tools)
     _add_tokenizer(tools)
@@ -260,6 +272,10 @@ def _count(text: str) -> int:
     return int(text)
 
 
+def _counts(text: str) -> list[int]:
+    return [_count(part) for part in text.split(",")]
+
+
 def _add_show(tools) -> None:  # type: ignore[no-untyped-def]
     usage = "lrpretrain show FILE [--procs N] [--field SECTION.FIELD] [--section.field VALUE ...]"
     about = "print a configuration's resolved values and what they amount to, or all that is wrong with it"
@@ -270,6 +286,14 @@ def _add_show(tools) -> None:  # type: ignore[no-untyped-def]
     tool.add_argument("--procs", type=_count, default=1, help=procs)
     field = "print the value of this field only, for scripts (default: all fields)"
     tool.add_argument("--field", metavar="SECTION.FIELD", help=field)
+
+
+def _add_memory(tools) -> None:  # type: ignore[no-untyped-def]
+    usage = "lrpretrain memory [--procs N,N,...] [--section.field VALUE ...]"
+    about = "print a table of what every rule and placement takes of memory and sends, without training"
+    tool = _add(tools, "memory", memory, about, usage=usage, allow_abbrev=False)
+    procs = "processes, a group of columns for each (default: 8,64,256)"
+    tool.add_argument("--procs", type=_counts, default=[8, 64, 256], help=procs)
 
 
 def _add_doctor(tools) -> None:  # type: ignore[no-untyped-def]
