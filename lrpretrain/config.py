@@ -229,6 +229,9 @@ class PrecisionConfig:
     """The weights that the optimizer updates."""
     compute: Literal["float32", "bfloat16"] = "float32"
     """Forward and backward; bfloat16 over float32 weights needs engine.kind=fsdp or zero."""
+    reduce: Literal["float32", "bfloat16"] = "float32"
+    """fsdp: what gradients are added up in over the processes. bfloat16, with bfloat16 arithmetic, sends half
+    as much and loses digits, the more the more processes there are."""
 
 
 @dataclass

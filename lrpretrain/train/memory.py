@@ -21,14 +21,14 @@ Kept for a time:
                 T c unless `immediate_grad_update`
     passes      forward and backward of FSDP2, with b numbers in a block, e outside of the blocks and h of
                 these in the head, at the worst of four moments:
-                at the second block (e + 2 b) c is gathered, one block ahead, (b + h) c are gradients, 4 b
+                at the second block (e + 2 b) c is gathered, one block ahead, (b + h) c are gradients, d b
                 are being added up over the processes, and the gradients of the blocks above are there;
                 `prefetch_blocks` gathers more of them, and without `reshard_after_forward` all are there;
-                when it is added up itself, its 4 b / N arrive, and it is not gathered any more;
-                at the end e c are gradients and 4 e are being added up, then 4 e / N arrive and only h c are
+                when it is added up itself, its d b / N arrive, and it is not gathered any more;
+                at the end e c are gradients and d e are being added up, then d e / N arrive and only h c are
                 left; the gradients of the blocks are there.
                 With several micro-batches all gradients are there at any time. `gloo`, on CPUs, copies the
-                4 b or 4 e that it adds up
+                d b or d e that it adds up
     update      AdamW: 2 t w of the largest param group. LORO: 2 t w of all factors, 4 t w if they decay.
                 GaLore, of the matrices of one shape, which are updated together: 3 m' r w of each (weightnorm
                 4), and n r w of bases that are random or of another dtype; with moments of another dtype
@@ -47,11 +47,11 @@ twice that of an all-reduce.
     parameters  FSDP2: all-gathers for each micro-batch, two of b c for each block (one without
                 `reshard_after_forward`), one of e c. ZeRO-3: two of T c, one if T is within
                 `stage3_max_reuse_distance`. ZeRO-1, 2: one of T c after the update
-    gradients   FSDP2, ZeRO-3: a reduce-scatter of 4 T for each micro-batch (`accumulate_unsharded`: for each
-                step), HSDP then an all-reduce of 4 t over the replicas. ZeRO-1: an all-reduce of 4 T for each
+    gradients   FSDP2, ZeRO-3: a reduce-scatter of d T for each micro-batch (`accumulate_unsharded`: for each
+                step), HSDP then an all-reduce of d t over the replicas. ZeRO-1: an all-reduce of d T for each
                 step, ZeRO-2 for each micro-batch: DeepSpeed's buckets go to all processes, which is twice the
-                reduce-scatter of Rajbhandari et al., arXiv 1910.02054, section 7. DDP: one of T w. ZeRO's 4
-                is the size of `communication_data_type`
+                reduce-scatter of Rajbhandari et al., arXiv 1910.02054, section 7. DDP: one of T w. d are the
+                bytes of `precision.reduce`, ZeRO's of `communication_data_type`
     update      At owners: t w to them (weightnorm 2 t w), m n w back from them, without what stays where it
                 is: 2 (3) m n w / N on average. Aligned: r numbers (2 r) for each line that a flat buffer is
                 cut in, and two for each row of W that is cut (weightnorm); where the cut runs across the
@@ -171,6 +171,7 @@ class _Terms:
         self.N, self.optim, self.engine = at.N, config.optim, config.engine
         self.own = DTYPES[config.precision.params]
         self.w, self.c = self.own.itemsize, DTYPES[config.precision.compute].itemsize
+        self.d = DTYPES[config.precision.reduce].itemsize
         self.micros = max(config.train.global_batch // (config.train.micro_batch * n_procs), 1)
         # weightnorm looks at W: the owner gets it as well, and its products are summed as well.
         self.reads = int(self.optim.rule == "gradnormlorp" and self.optim.mode == "weightnorm")
@@ -411,7 +412,7 @@ class _Terms:
         done = at.own(later), at.own(blocks)
         if self.micros > 1:  # the gradients of the micro-batches before
             done = (at.own(at.trained) + b_reduced // self.N,) * 2
-        block, root = WIDE * b_reduced, WIDE * e_reduced
+        block, root = self.d * b_reduced, self.d * e_reduced
         candidates = [
             (e + there * b + b_reduced + h) * self.c + block + done[0] * self.w,
             (e + (there - 1) * b + h) * self.c + (1 + self.gloo) * block + block // self.N + done[0] * self.w,
@@ -432,7 +433,7 @@ class _Terms:
         at, n = self.at, self.at.n_procs
         ring, T = (self.N - 1) / self.N, sum(math.prod(at.shapes[name]) for name in at.trained)
         if self.engine.kind == "fsdp":
-            gathered, reduced = self._units(at.shapes), sum(self._units(at.trained).values()) * WIDE
+            gathered, reduced = self._units(at.shapes), sum(self._units(at.trained).values()) * self.d
             again = gathered.keys() - {OUTSIDE} if self.engine.reshard_after_forward else ()
             numbers = sum(gathered.values()) + sum(gathered[block] for block in again)
             replicas = 2 * (self.engine.replicas - 1) / self.engine.replicas

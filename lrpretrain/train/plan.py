@@ -206,6 +206,12 @@ def check(config: Config, n_procs: int) -> list[Problem | str]:
         "Use bfloat16 over float32 with engine.kind=fsdp or zero (one process will do), or the same for both",
     )
     refuse(
+        precision.reduce == "bfloat16" and (engine.kind != "fsdp" or precision.compute == "float32"),
+        "precision.reduce",
+        "is for bfloat16 arithmetic with engine.kind=fsdp",
+        'Leave it out; under ZeRO write "communication_data_type": "bf16" into engine.ds_config',
+    )
+    refuse(
         optim.mode != "weightnorm" and optim.rule != "gradnormlorp",
         "optim.mode",
         f"optim.rule={optim.rule} has no modes",

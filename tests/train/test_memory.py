@@ -266,11 +266,13 @@ def test_an_update_sends_what_is_planned(point, request, tmp_path, monkeypatch):
         {"accumulate_unsharded": True, "replicas": 2},
         {"reshard_after_forward": False},
         {"prefetch_blocks": 1},
+        {"reduce": "bfloat16", "replicas": 2},
     ],
 )
 def test_fsdp_sends_what_is_planned(options, tmp_path):
     (tmp_path / "model.json").write_text(json.dumps(TINY))
     config = configure(tmp_path / "model.json", "adamw", 8)
+    config.precision.reduce = options.pop("reduce", "float32")
     config.train.global_batch, config.engine = 24, replace(config.engine, **options)
     plan = memory.costs(config, llama.configured(config), 8).sent
     with fakes(8, 3):
@@ -361,13 +363,14 @@ def test_an_update_takes_what_is_planned(point, request, tmp_path):
         assert live.peak - before == pytest.approx(planned, rel=0.05), (rule, options)
 
 
-@pytest.mark.parametrize("compute", ["bfloat16", "float32"])
+@pytest.mark.parametrize("compute", ["bfloat16", "float32", "bfloat16, reduced in it"])
 @pytest.mark.parametrize("vocabulary", [1000, 8000])
 def test_passes_take_what_is_planned(vocabulary, compute, tmp_path):
     """FSDP2 in 8 processes, where nothing copies what is added up."""
     (tmp_path / "model.json").write_text(json.dumps(MODEL | {"vocab_size": vocabulary}))
     config = configure(tmp_path / "model.json", "adamw", 8)
-    config.precision.compute = compute
+    config.precision.compute, _, reduced = compute.partition(",")
+    config.precision.reduce = "bfloat16" if reduced else "float32"
     with fakes(8, 1), Live() as live:
         engine = build_engine(config, Procs(1, 8), torch.device("cpu"), pad_id=0)
         for _ in range(2):
