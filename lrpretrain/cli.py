@@ -10,7 +10,7 @@ from pathlib import Path
 
 from lrpretrain import __version__
 from lrpretrain.config import Config, DataConfig
-from lrpretrain.errors import CheckpointError, ConfigError, DataError, LrpretrainError
+from lrpretrain.errors import ConfigError, DataError, LrpretrainError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -126,12 +126,8 @@ def generate(args: argparse.Namespace) -> None:
     from lrpretrain.sharding.procs import Procs
     from lrpretrain.train.loop import check_tokenizer
 
-    path = args.checkpoint
-    if not (path / "manifest.json").is_file():
-        found = checkpoint.complete(path / "checkpoints")
-        if not found:
-            raise CheckpointError(f"{path} is neither a checkpoint nor a run folder with a complete one.")
-        path = found[0]
+    path = checkpoint.newest(args.checkpoint)
+    checkpoint.check(path, Procs())
     saved = checkpoint.read_run(path)
     run = config.from_dict(saved["config"])
     own = path.resolve().parents[1] / "tokenizer.model"
@@ -142,7 +138,7 @@ def generate(args: argparse.Namespace) -> None:
         raise ConfigError(problems)
     llama.materialize(model, torch.device("cpu"))
     holdings = [hold(name, param) for name, param in model.named_parameters()]
-    checkpoint.load(path, {f"model/{h.name}": h.piece for h in holdings}, Procs())
+    checkpoint.load(path, {f"model/{h.name}": h.piece for h in holdings}, Procs(), checked=True)
     torch.manual_seed(args.seed)
     prompt = torch.from_numpy(ids.encode(args.prompt)[None, :-1])  # without the eos
     sampling = {"temperature": args.temperature} if args.temperature > 0 else {}

@@ -58,6 +58,10 @@ class CheckpointError(LrpretrainError, ValueError):
     exit_code = 4
 
 
+class DamageError(CheckpointError):
+    """A checkpoint whose files are not as they were written."""
+
+
 class NonFiniteError(LrpretrainError, ArithmeticError):
     """A loss or gradient that is not finite."""
 

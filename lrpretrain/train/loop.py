@@ -13,13 +13,14 @@ from typing import Any
 import torch
 
 from lrpretrain.artifacts import checkpoint
-from lrpretrain.artifacts.metrics import Metrics, say
+from lrpretrain.artifacts.metrics import Metrics
 from lrpretrain.artifacts.rundir import RunDir
+from lrpretrain.artifacts.saver import Saver
 from lrpretrain.config import Config
 from lrpretrain.data.loader import Batch, Loader
 from lrpretrain.data.tokenizer import Tokenizer
 from lrpretrain.engine import Engine, Step
-from lrpretrain.errors import EXIT_STOPPED, ConfigError, DataError, NonFiniteError, Problem
+from lrpretrain.errors import EXIT_STOPPED, ConfigError, DataError, LrpretrainError, NonFiniteError, Problem
 from lrpretrain.sharding.procs import Procs
 from lrpretrain.train.evaluate import Evaluator, continue_prompt, split
 from lrpretrain.train.guard import Guard
@@ -29,11 +30,10 @@ from lrpretrain.train.schedule import lr_ratio
 
 @dataclass
 class Progress:
-    """How far a run is: optimizer steps done, non-pad tokens seen, and the step of its last checkpoint."""
+    """How far a run is: optimizer steps done, and non-pad tokens seen."""
 
     step: int = 0
     tokens: int = 0
-    saved: int | None = None
 
 
 @dataclass
@@ -51,19 +51,26 @@ class Trainer:
     guard: Guard
     progress: Progress = field(default_factory=Progress)
 
+    def __post_init__(self) -> None:
+        train, folder = self.config.train, self.run_dir.checkpoints
+        keep = train.keep_checkpoints, train.keep_every
+        self.saver = Saver(folder, self.procs, *keep, train.async_save, saved=self.progress.step)
+
     def train(self) -> int:
         """Train to the last step; return the exit code: 0, or 75 when a signal stopped it, checkpoint saved.
 
-        Raises DataError where the data ends early or breaks, with a checkpoint saved, and NonFiniteError
-        before a gradient that is not finite could touch anything.
+        Raises DataError where the data ends early or breaks, with a checkpoint saved, NonFiniteError before
+        a gradient that is not finite could touch anything, and CheckpointError where the last checkpoint
+        cannot be written.
         """
         steps = self.config.train.profile_steps if self.procs.is_first else 0
         try:
             with recorder(self.run_dir.path / "profile", self.config.train.profile_from, steps) as record:
                 return self._train(record)
-        except DataError:
-            if self.progress.step not in (0, self.progress.saved):
-                self.save()
+        except LrpretrainError as error:  # which all processes meet together
+            self.saver.wait()
+            if isinstance(error, DataError) and self.progress.step != self.saver.saved:
+                self.save(last=True)
             raise
 
     def _train(self, record: Callable[[int], None]) -> int:
@@ -85,13 +92,16 @@ class Trainer:
                 }
                 self._log(values | (self._evaluate() if evaluates else {}))
             if stops or last or (train.save_every and progress.step % train.save_every == 0):
-                self.save()
+                self.save(last=stops or last)
             if stops:
                 return EXIT_STOPPED
         return 0
 
-    def save(self) -> Path:
-        """Write a checkpoint of this step, and remove the oldest beyond train.keep_checkpoints."""
+    def save(self, *, last: bool = False) -> None:
+        """Begin to write a checkpoint of this step; the `last` one of a process is written on return.
+
+        Raises CheckpointError if the last one cannot be written; others that cannot are reported only.
+        """
         began = time.perf_counter()
         run = {
             "step": self.progress.step,
@@ -101,15 +111,11 @@ class Trainer:
             "config": asdict(self.config),
             "tokenizer": self.tokenizer.identity,
         }
-        path = checkpoint.save(self.run_dir.checkpoints, self.engine.pieces(), run, self.procs)
-        self.progress.saved = self.progress.step
+        self.saver.save(self.engine.pieces(), run, last=last)
         if self.procs.is_first:
-            checkpoint.keep_newest(self.run_dir.checkpoints, self.config.train.keep_checkpoints)
             self.run_dir.write_status("running", self.progress.step)
-            say(f"saved {path} in {time.perf_counter() - began:.1f} s")
         if self.metrics is not None:
             self.metrics.pause(time.perf_counter() - began)
-        return path
 
     def _next_batch(self) -> Batch:
         """Return the next global batch; agree on stopping by its flags."""
@@ -131,7 +137,7 @@ class Trainer:
             lr_ratio(progress.step, train),
         )
         if not math.isfinite(step.grad_norm):
-            self.save()  # with the position after this batch: started again, the run goes on behind it
+            self.save(last=True)  # with the position after this batch, behind which the run goes on
             raise NonFiniteError(
                 f"the gradient of step {progress.step + 1} is not finite (norm {step.grad_norm}): nothing was"
                 " updated, the checkpoint goes on with the next batch. Lower optim.lr or set train.clip_norm."
@@ -153,7 +159,7 @@ class Trainer:
         prompt = self.config.train.prompt if "valid/loss" in values else None
         began = time.perf_counter()
         text = None if prompt is None else continue_prompt(self.engine, self.tokenizer, prompt)
-        values |= self.engine.optimizer.pop_metrics(self.procs)
+        values |= self.engine.optimizer.pop_metrics(self.procs) | self.saver.pop_metrics()
         if self.metrics is not None:
             self.metrics.pause(time.perf_counter() - began)
             values["mem/optim_gib"] = self.engine.optimizer_bytes() / 2**30
@@ -180,9 +186,9 @@ IDENTITY = (
 def resume(
     path: Path, engine: Engine, config: Config, procs: Procs, tokenizer: Tokenizer
 ) -> tuple[Progress, dict[str, Any]]:
-    """Read a checkpoint into the engine; return the progress and the data's position.
+    """Read a checkpoint that was checked into the engine; return the progress and the data's position.
 
-    Raises CheckpointError for one that is damaged or of another model, ConfigError for one whose run was
+    Raises CheckpointError for one of another model, ConfigError for one whose run was
     configured otherwise in what cannot change on the way.
     """
     run = checkpoint.read_run(path)
@@ -196,13 +202,13 @@ def resume(
             problems.append(Problem(key, now, f"the checkpoint {path} was written with {then!r}", remedy))
     if problems:
         raise ConfigError(problems)
-    checkpoint.load(path, engine.pieces(), procs)
+    checkpoint.load(path, engine.pieces(), procs, checked=True)
     engine.publish()
     if run["step"] >= config.train.steps:
         reason = f"{path} is at step {run['step']} already"
         raise ConfigError([Problem("train.steps", config.train.steps, reason, "Raise it")])
     torch.set_rng_state(torch.frombuffer(bytearray(base64.b64decode(run["random"])), dtype=torch.uint8))
-    return Progress(run["step"], run["tokens"], run["step"]), run["data"]
+    return Progress(run["step"], run["tokens"]), run["data"]
 
 
 def check_tokenizer(

@@ -77,7 +77,7 @@ def test_load_and_save_again_is_the_same(saved, tmp_path):
     original = build(torch.clone, seed=0)
     assert all(torch.equal(pieces[n].tensor, p.tensor) for n, p in original.items())
     again = checkpoint.save(tmp_path / "again", pieces, RUN, Procs())
-    assert checkpoint.read_manifest(again)["shapes"] == checkpoint.read_manifest(saved)["shapes"]
+    assert checkpoint.read_index(again) == checkpoint.read_index(saved)
     assert checkpoint.read_run(again) == RUN
 
 
@@ -117,10 +117,10 @@ def test_the_newest_are_kept_and_a_half_written_one_is_written_anew(tmp_path):
         checkpoint.save(tmp_path, pieces, RUN | {"step": step}, Procs())
     (tmp_path / "step_00000003" / "manifest.json").unlink()
     checkpoint.save(tmp_path, pieces, RUN | {"step": 3}, Procs())
-    checkpoint.keep_newest(tmp_path, 2)
+    checkpoint.prune(tmp_path / "step_00000003", 2, 0)
     assert [p.name for p in checkpoint.complete(tmp_path)] == ["step_00000003", "step_00000002"]
     assert not (tmp_path / "step_00000001").exists()
-    checkpoint.keep_newest(tmp_path, 0)
+    checkpoint.prune(tmp_path / "step_00000003", 0, 0)
     assert len(checkpoint.complete(tmp_path)) == 2
 
 
