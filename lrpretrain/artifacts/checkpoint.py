@@ -385,7 +385,7 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 
 def _all(folder: Path) -> list[Path]:
     """Return all folders of checkpoints, the newest first; `.old` is what another of its step replaces."""
-    found = [p for p in folder.glob("step_*") if re.fullmatch(r"step_\d+(\.old)?", p.name)]
+    found = [p for p in folder.glob("step_*/") if re.fullmatch(r"step_\d+(\.old)?", p.name)]
     return sorted(found, key=lambda p: (step_of(p), not p.suffix), reverse=True)
 
 
