@@ -37,7 +37,15 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.planner import (
+    SavePlan,
+    SavePlanner,
+    TensorWriteData,
+    WriteItem,
+    WriteItemType,
+)
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
 
 from lrpretrain.artifacts.rundir import write_atomically
 from lrpretrain.errors import CheckpointError, DamageError
@@ -322,7 +330,15 @@ class _Writer(FileSystemWriter):
         # It could copy from the GPU while it writes, with a stream of the thread's device: not of this one.
         super().__init__(path, per_thread_copy_ahead=0)
 
-    def finish(self, metadata: Metadata, results: list[list[Any]]) -> None:
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        try:
+            return super().write_data(plan, planner)
+        except RuntimeError as error:
+            if isinstance(error.__context__, OSError):  # torch.save covers what the disk said
+                raise error.__context__ from None
+            raise
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         places = {written.index: written.storage_data for part in results for written in part}
         index = {}
         for name, tensor in metadata.state_dict_metadata.items():

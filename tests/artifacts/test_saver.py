@@ -153,7 +153,5 @@ def test_stall_of_a_gibibyte(tmp_path, capsys):
     waits = {beside: stall_ms(tmp_path / str(beside), beside=beside, mib=1024) for beside in (False, True)}
     ratio = waits[False] / waits[True]
     with capsys.disabled():
-        print(
-            f"\nstall of a save of 1 GiB: {waits[False]:.0f} ms, beside {waits[True]:.0f} ms ({ratio:.0f}×)"
-        )
+        print(f"\nsave of 1 GiB: stall {waits[False]:.0f} ms, beside {waits[True]:.0f} ms, ratio {ratio:.0f}")
     assert ratio > 2
