@@ -71,7 +71,7 @@ def check(config: Config, n_procs: int) -> list[Problem | str]:
         train.keep_every > 0 and (not train.save_every or train.keep_every % train.save_every != 0),
         "train.keep_every",
         f"is no multiple of train.save_every={train.save_every}",
-        f"Use {train.save_every}, or another multiple",
+        "Use a multiple, of a train.save_every above 0",
     )
     refuse(train.profile_from < 0, "train.profile_from", "must not be negative", "0 records the first steps")
     refuse(
