@@ -14,10 +14,10 @@ from lrpretrain.errors import ConfigError, DamageError, DataError, LrpretrainErr
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one tool; return its exit code: 0, 1 doctor, 2 configuration, 3 data or disk, 4 checkpoint."""
+    """Run one tool; return its exit code: 0, 1 doctor, bench, 2 configuration, 3 data, disk, 4 checkpoint."""
     parser = build_parser()
     known, rest = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
-    if rest and known.run not in (show, doctor):
+    if rest and known.run not in (show, doctor, bench_train):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     known.overrides = rest
     logging.basicConfig(format="%(message)s")
@@ -74,6 +74,36 @@ def doctor(args: argparse.Namespace) -> None:
         failed += check.state == "failed"
     if failed:
         raise LrpretrainError(f"{failed} of the checks failed")
+
+
+def bench_train(args: argparse.Namespace) -> None:
+    """Measure variants of a configuration's training on this node; print a table."""
+    import torch
+
+    from lrpretrain import bench, config
+    from lrpretrain.train import plan
+
+    n_procs = args.procs or torch.cuda.device_count() or 1
+    base = [*bench.BASE, f"--train.global_batch={bench.SEQUENCES * n_procs}"]
+    given = {argument.partition("=")[0] for argument in args.overrides}
+    read, problems = config.parse(
+        [*([] if "--config" in given else base), *args.overrides], prog="lrpretrain bench train"
+    )
+    varied = {"optim.rule": "rules", "engine.compile": "compile", "model.checkpointing": "checkpointing"}
+    problems += [
+        f"--{key} is varied here. Use --{option}." for key, option in varied.items() if f"--{key}" in given
+    ]
+    chosen = bench.variants(args.rules, args.compile, args.checkpointing)
+    for variant in chosen:
+        problems += [p for p in plan.problems(variant.of(read), n_procs) if p not in problems]
+    if problems:
+        raise ConfigError(problems)
+    failed = []
+    for line, wrong in bench.compare(read, chosen, n_procs, args.steps, args.patience_s):
+        print(line, flush=True)
+        failed += [wrong] if wrong else []
+    if failed:
+        raise LrpretrainError("\n".join(failed))
 
 
 def train_tokenizer(args: argparse.Namespace) -> None:
@@ -187,12 +217,14 @@ def build_parser() -> argparse.ArgumentParser:
         prog="lrpretrain",
         description="Tools around pretraining. `lrpretrain TOOL --help` explains one.",
         epilog="Training itself is `python -m lrpretrain.pretrain --help`. "
-        "Exit codes: 0 done, 1 a check of the doctor failed, 2 configuration, 3 data or disk, 4 checkpoint.",
+        "Exit codes: 0 done, 1 a check of the doctor or a measurement failed, 2 configuration, "
+        "3 data or disk, 4 checkpoint.",
     )
     parser.add_argument("--version", action="version", version=__version__)
     tools = parser.add_subparsers(required=True, metavar="TOOL", title="tools")
     _add_show(tools)
     _add_doctor(tools)
+    _add_bench(tools)
     _add_tokenizer(tools)
     _add_tokenize(tools)
     _add_download(tools)
@@ -234,6 +266,33 @@ def _add_doctor(tools) -> None:  # type: ignore[no-untyped-def]
     tool.add_argument("--procs", type=_count, help=procs)
     patience = "seconds that they have for it (default: %(default)s)"
     tool.add_argument("--patience_s", type=float, default=600.0, help=patience)
+
+
+def _add_bench(tools) -> None:  # type: ignore[no-untyped-def]
+    group = tools.add_parser(
+        "bench", help="measure speed and memory", description="Measure speed and memory."
+    )
+    usage = "lrpretrain bench train [--config FILE] [options] [--section.field VALUE ...]"
+    about = (
+        "train on random tokens: rule × compiling × checkpointing, each for a few steps in new processes; "
+        "print a Markdown table (default: 1B in bfloat16 over float32 weights under FSDP2)"
+    )
+    actions = group.add_subparsers(required=True, metavar="ACTION")
+    tool = _add(actions, "train", bench_train, about, usage=usage, allow_abbrev=False)
+    choices = {
+        "rules": (["adamw", "galore", "gradnormlorp", "loro"], ["adamw", "galore", "loro"]),
+        "compile": (["off", "on"], ["off", "on"]),
+        "checkpointing": (["none", "selective", "full"], ["none", "selective"]),
+    }
+    for name, (possible, default) in choices.items():
+        which = f"of {', '.join(possible)} (default: {' '.join(default)})"
+        tool.add_argument(f"--{name}", nargs="+", choices=possible, default=default, help=which, metavar="X")
+    steps = "steps that are measured, after 4 to warm up; every 4th refreshes (default: %(default)s)"
+    tool.add_argument("--steps", type=_count, default=12, help=steps)
+    procs = "processes of a variant (default: one for each GPU, or 1 on a CPU)"
+    tool.add_argument("--procs", type=_count, help=procs)
+    patience = "seconds that a variant has (default: %(default)s)"
+    tool.add_argument("--patience_s", type=float, default=1800.0, help=patience)
 
 
 def _add_tokenizer(tools) -> None:  # type: ignore[no-untyped-def]

@@ -183,6 +183,16 @@ class TrainConfig:
     """cosine_restart: steps of the ramp after a restart."""
     clip_norm: float | None = None
     """Largest norm of the raw gradient (default: no clipping)."""
+    unsound: Literal["stop", "skip"] = "stop"
+    """What is done about a step whose loss or gradient is not finite, or whose loss is a spike. It changes
+    nothing in either case: stop ends the run with a checkpoint after it, skip goes on with the next batch."""
+    max_skipped: int = 10
+    """skip: how many steps in a row may be so before the run stops all the same."""
+    spike_sigmas: float = 10.0
+    """How many standard deviations a loss lies above the mean of the last ones to be a spike; a deviation
+    counts as at least 3 % of the mean. 0: no loss is."""
+    spike_window: int = 100
+    """Over how many losses mean and deviation are taken; before there are as many, no loss is a spike."""
     prompt: str | None = None
     """A line that the model continues at each evaluation."""
     profile_steps: int = 0

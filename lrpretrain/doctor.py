@@ -139,7 +139,7 @@ def _training(config: Config, n_procs: int, patience_s: float) -> Iterator[Check
     if problems := plan.problems(small, n_procs):
         yield Check(name, "warning", f"a small model cannot be trained like that: {ConfigError(problems)}")
         return
-    answer = _launch(small, n_procs, patience_s)
+    answer = launch("lrpretrain.doctor", small, n_procs, patience_s)
     if "error" in answer:
         yield Check(name, "failed", answer["error"])
         return
@@ -175,13 +175,16 @@ def compare(config: Config, n_procs: int, one: list[list[float]], many: list[lis
     return Check(name, "ok" if far <= limit else "failed", found)
 
 
-def _launch(config: Config, n_procs: int, patience_s: float) -> dict[str, Any]:
-    """Run `main` in processes of their own; return what it printed, or {"error": what went wrong}."""
+def launch(module: str, config: Config, n_procs: int, patience_s: float, *arguments: str) -> dict[str, Any]:
+    """Run a module on a configuration's file, and arguments, in processes of their own.
+
+    Returns what one of them printed as JSON, or {"error": what went wrong}.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder, "small.yaml")
+        file = Path(folder, "config.yaml")
         file.write_text(to_yaml(config))
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        command = [*torchrun, "--nproc-per-node", str(n_procs), "-m", "lrpretrain.doctor", str(file)]
+        command = [*torchrun, "--nproc-per-node", str(n_procs), "-m", module, str(file), *arguments]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         try:
             output, _ = process.communicate(timeout=patience_s)

@@ -1,7 +1,7 @@
 """The errors that a user can meet, each with the exit code of the training process.
 
-Exit codes: 0 finished; 1 a bug of ours; 2 configuration; 3 data; 4 checkpoint; 5 non-finite
-loss or gradient; 75 stopped on a signal, with a checkpoint saved.
+Exit codes: 0 finished; 1 a bug of ours; 2 configuration; 3 data; 4 checkpoint; 5 a loss or
+gradient that is not finite, or a spike; 75 stopped on a signal, with a checkpoint saved.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class DamageError(CheckpointError):
     """A checkpoint whose files are not as they were written."""
 
 
-class NonFiniteError(LrpretrainError, ArithmeticError):
-    """A loss or gradient that is not finite."""
+class UnsoundError(LrpretrainError, ArithmeticError):
+    """A loss or gradient that is not finite, or a loss that is a spike."""
 
     exit_code = 5

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from test_recipes import processes
 from tiny import ROOT
 
 from lrpretrain import __version__, cli, config
@@ -145,11 +146,20 @@ def test_the_table_lists_what_can_be_chosen():
     assert all(row.count("| yes") == len(engines) for row in rows)
 
 
+def test_the_recipes_are_those_that_are_shipped():
+    listed = {}
+    for size, row in re.findall(
+        r"^\| `(\w+)` \| (.* \d.*) \|$", README.partition("papers' recipes")[2], re.M
+    ):
+        listed |= {f"llama_{size}_{name}": int(gpus) for name, gpus in re.findall(r"`(\w+)` (\d+)", row)}
+    assert listed == {name: processes(name) for name in config.shipped_names("recipes")}
+
+
 def test_exit_codes_are_those_of_the_errors():
     from lrpretrain import errors
 
     said = README.partition("Exit codes: ")[2].split(";")[0]
-    kinds = [errors.ConfigError, errors.DataError, errors.CheckpointError, errors.NonFiniteError]
+    kinds = [errors.ConfigError, errors.DataError, errors.CheckpointError, errors.UnsoundError]
     codes = [0, *(kind.exit_code for kind in kinds), errors.EXIT_STOPPED, 1]
     assert [int(code) for code in re.findall(r"\b\d+\b", said)] == codes
 

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 
 from lrpretrain import cli
 from lrpretrain.config import ModelConfig, OptimConfig, parse, shipped_names
@@ -31,6 +32,33 @@ SIZES = {
 }
 
 
+# GPUs, micro-batch, learning rate, rank, steps between refreshes or exact steps, steps, warm-up, clipping: as
+# the authors' scripts have them, but for llama_1b_galore, which has the rank of the paper's table.
+SCRIPTS = {
+    "60m_galore": (1, 256, 0.01, 128, 200, 10_000, 1_000, None),
+    "130m_galore": (1, 256, 0.01, 256, 200, 20_000, 2_000, None),
+    "350m_galore": (4, 128, 0.01, 256, 200, 60_000, 6_000, None),
+    "1b_galore": (8, 16, 0.01, 512, 200, 100_000, 10_000, None),
+    "1b_galore_r1024": (8, 16, 0.01, 1024, 200, 100_000, 10_000, None),
+    "7b_galore": (64, 8, 0.005, 1024, 500, 150_000, 15_000, 1.0),
+    "7b_galore_int8_1gpu": (1, 16, 0.005, 1024, 500, 150_000, 15_000, 1.0),
+    "60m_gradnormlorp": (1, 256, 0.01, 128, 250, 10_000, 1_000, None),
+    "60m_gradnormlorp_r256": (1, 128, 0.01, 256, 250, 10_000, 1_000, None),
+    "60m_gradnormlorp_lowrank_wn": (1, 64, 0.01, 256, 200, 10_000, 1_000, None),
+    "60m_loro": (1, 256, 0.01, 128, 500, 10_000, 1_000, None),
+    "130m_loro": (2, 128, 0.01, 256, 500, 20_000, 2_000, None),
+    "350m_loro": (2, 64, 0.01, 256, 500, 60_000, 2_000, None),
+    "1b_loro": (4, 32, 0.005, 512, 200, 100_000, 10_000, None),
+}
+
+
+def processes(name):
+    """Return the number of GPUs in the first line of a recipe, or 1."""
+    first = (ROOT / "launch" / "recipes" / f"{name}.yaml").read_text().splitlines()[0]
+    found = re.match(r"# (\d+) × ", first)
+    return int(found[1]) if found else 1
+
+
 def test_all_that_is_shipped_is_found_by_name():
     assert shipped_names("recipes") == RECIPES
     assert {path.suffix for path in (ROOT / "launch" / "recipes").iterdir()} == {".yaml"}
@@ -44,31 +72,59 @@ def recipe(name, *argv):
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_a_recipe_is_named_after_its_model_and_rule(name):
-    config = recipe(name)
+def test_a_recipe_can_run_on_its_hardware(name, capsys):
+    """`show` finds nothing wrong; the name, the first line and what is set agree."""
+    assert cli.main(["show", name, "--procs", str(processes(name))]) == 0
+    shown = capsys.readouterr().out
+    read = yaml.safe_load(re.split(r"^\d+ processes ×", shown, flags=re.MULTILINE)[0])
     parts = name.split("_")
     assert len(parts) >= 3 and all(parts)
-    assert config.model.config == "_".join(parts[:2])
-    assert config.optim.rule == parts[2]
-    assert config.run.dir == f"runs/{name}"
+    assert read["model"]["config"] == "_".join(parts[:2])
+    assert read["optim"]["rule"] == parts[2]
+    assert read["run"]["dir"] == f"runs/{name}"
+    train, length = read["train"], read["data"]["seq_len"]
+    accumulation = train["global_batch"] // (processes(name) * train["micro_batch"])
+    expected = [processes(name), train["micro_batch"], accumulation, length, train["global_batch"] * length]
+    assert arithmetic(shown) == expected
+    if name.removeprefix("llama_") in SCRIPTS:
+        every = "exact_every" if parts[2] == "loro" else "refresh_every"
+        values = [train["micro_batch"], *(read["optim"][key] for key in ("lr", "rank", every))]
+        values += [train[key] for key in ("steps", "warmup_steps", "clip_norm")]
+        assert (processes(name), *values) == SCRIPTS[name.removeprefix("llama_")]
+        assert (length, train["global_batch"], train["seed"], read["data"]["sequences"]) == (
+            256,
+            512,
+            0,
+            "pad",
+        )
+        assert (read["optim"]["scale"], read["optim"]["weight_decay"], train["min_lr_ratio"]) == (
+            0.25,
+            0,
+            0.1,
+        )
+        restarts = (
+            ("cosine_restart", read["optim"]["exact_every"]) if parts[2] == "loro" else ("cosine", None)
+        )
+        assert (train["schedule"], train["restart_every"]) == restarts
 
 
-@pytest.mark.parametrize("name", RECIPES)
-def test_a_recipe_can_run(name):
-    assert plan.problems(recipe(name), 1) == []
+def test_every_script_has_a_recipe():
+    assert {f"llama_{name}" for name in SCRIPTS} <= set(RECIPES)
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if "toy" not in name])
+def test_figures_of_papers_are_marked(name):
+    text = (ROOT / "launch" / "recipes" / f"{name}.yaml").read_text()
+    comments = " ".join(line[2:] for line in text.splitlines() if line.startswith("# "))
+    assert re.match(r"\d+ × A100 [48]0 GB: ", comments)
+    assert re.search("not run here", comments, re.IGNORECASE)
+    assert "erplexity on C4 " not in comments or "(paper, not run here)" in comments
+
+
+@pytest.mark.parametrize("rule", ["adamw", "galore", "gradnormlorp", "loro"])
+def test_a_toy_runs_on_two_processes_as_well(rule):
     # `local` is the engine of one process: several need another.
-    several = [] if recipe(name).engine.kind != "local" else ["--engine.kind=fsdp"]
-    assert plan.problems(recipe(name, *several), 2) == []
-
-
-@pytest.mark.parametrize("name", RECIPES)
-def test_show_prints_the_arithmetic_of_a_recipe(name, capsys):
-    assert cli.main(["show", name]) == 0
-    shown = capsys.readouterr().out
-    config = recipe(name)
-    batch, micro, length = config.train.global_batch, config.train.micro_batch, config.data.seq_len
-    assert arithmetic(shown) == [1, micro, batch // micro, length, batch * length]
-    assert f"rank: {config.optim.rank}\n" in shown
+    assert plan.problems(recipe(f"llama_toy_{rule}", "--engine.kind=fsdp"), 2) == []
 
 
 def test_show_counts_processes_and_takes_overrides(capsys):
@@ -120,5 +176,5 @@ def test_a_model_is_as_the_papers_have_it(name):
     assert config.pad_token_id is None
     assert not any(n.endswith("bias") for n, _ in model.named_parameters())
     assert "lm_head.weight" in dict(model.named_parameters()) and not config.tie_word_embeddings
-    assert config._attn_implementation == "sdpa"
+    assert config._attn_implementation == llama.ATTENTION
     assert {p.device.type for p in model.parameters()} == {"meta"}

@@ -8,7 +8,7 @@ import resource
 import sys
 import time
 from contextlib import suppress
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -16,6 +16,13 @@ from lrpretrain.artifacts.rundir import RunDir
 
 # Dense bfloat16 peak of the tensor cores in FLOP/s, from NVIDIA's data sheets (without sparsity).
 PEAK_FLOPS = {"A100": 312e12, "H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12}
+
+
+class Timed(Protocol):
+    """What took a time that is known later."""
+
+    def ms(self) -> float:
+        """Return milliseconds."""
 
 
 class Metrics:
@@ -32,13 +39,13 @@ class Metrics:
         self._flops_per_token = flops_per_token
         self._since = time.perf_counter()
         self._step = start_step
-        self._tokens, self._wait_ms, self._optim_ms = 0, 0.0, 0.0
+        self._tokens, self._wait_ms, self._updates = 0, 0.0, list[Timed]()
 
-    def count(self, tokens: int, wait_ms: float, optim_ms: float) -> None:
+    def count(self, tokens: int, wait_ms: float, update: Timed) -> None:
         """Count a step: its tokens, the time that it waited for data and that of its update."""
         self._tokens += tokens
         self._wait_ms += wait_ms
-        self._optim_ms += optim_ms
+        self._updates.append(update)
 
     def pause(self, seconds: float) -> None:
         """Leave out time that was not training: evaluation and saving."""
@@ -61,10 +68,11 @@ class Metrics:
         if text is not None:
             say(f"step {step:06d}/{self._steps:06d} | sample: {text}")
         self._since, self._step = time.perf_counter(), step
-        self._tokens, self._wait_ms, self._optim_ms = 0, 0.0, 0.0
+        self._tokens, self._wait_ms, self._updates = 0, 0.0, list[Timed]()
 
     def _write(self, values: dict[str, float], text: str | None) -> None:
-        self._file.write(json.dumps(values) + "\n")  # what a full disk refuses stays in its buffer
+        known = {key: value if math.isfinite(value) else None for key, value in values.items()}
+        self._file.write(json.dumps(known) + "\n")  # what a full disk refuses stays in its buffer
         self._board = self._board or self._open_board(None)
         step = int(values["step"])
         for tag, value in values.items():
@@ -88,7 +96,7 @@ class Metrics:
             "perf/tokens_per_s": rate,
             "perf/step_ms": elapsed / steps * 1e3,
             "perf/data_wait_ms": self._wait_ms / steps,
-            "perf/optim_ms": self._optim_ms / steps,
+            "perf/optim_ms": sum(update.ms() for update in self._updates) / steps,
         }
         if self._peak:
             values["perf/mfu"] = rate * self._flops_per_token / self._peak

@@ -3,31 +3,52 @@
 from __future__ import annotations
 
 import contextlib
-import math
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
+from lrpretrain.engine.later import Later, Stopwatch
 from lrpretrain.model.llama import Llama
 from lrpretrain.optim import ShardedOptimizer
 from lrpretrain.sharding import Holding, Piece, hold
 from lrpretrain.sharding.procs import Procs
 
 Mask = Callable[[Tensor], Tensor]
+Judge = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class Step:
-    """What came of an optimizer step."""
+    """What came of an optimizer step. To ask for more than the loss waits for the device to have done it."""
 
     loss_sum: Tensor
     """This process's sum of token losses, on the device."""
-    grad_norm: float
-    """Of the raw gradient, over all processes. Where it is not finite, nothing was updated."""
-    update_ms: float
+    came: Later
+    """Loss, norm of the raw gradient, and whether the step was sound."""
+    update: Stopwatch
+
+    @cached_property
+    def loss(self) -> float:
+        """Mean of the token losses, over all processes."""
+        return self.came.read()[0]
+
+    @cached_property
+    def grad_norm(self) -> float:
+        """Norm of the raw gradient, over all processes."""
+        return self.came.read()[1]
+
+    @cached_property
+    def sound(self) -> bool:
+        """Whether loss and gradient were such that the update was made; else nothing was changed."""
+        return bool(self.came.read()[2])
+
+    @property
+    def update_ms(self) -> float:
+        """Milliseconds of clipping and update."""
+        return self.update.ms()
 
 
 class Engine:
@@ -49,6 +70,7 @@ class Engine:
         # the compute dtype: after a forward without backward the root stays unsharded.
         self.holdings: list[Holding]
         self.optimizer: ShardedOptimizer
+        self._last: Step | None = None
 
     def lay_out(self) -> None:
         """Lay out the model, which has no memory yet, over the processes, and give it memory."""
@@ -62,19 +84,38 @@ class Engine:
         """Let the network see weights that were written into the holdings."""
 
     def train_step(
-        self, micros: Sequence[Tensor], targets: int, clip_norm: float | None, lr_ratio: float
+        self,
+        micros: Sequence[Tensor],
+        targets: int,
+        clip_norm: float | None,
+        lr_ratio: float,
+        judge: Judge = torch.isfinite,
     ) -> Step:
         """Do one optimizer step with this process's micro-batches of ids (b, l).
 
         `targets` is the number of tokens that the loss of the whole step is taken over, on all processes:
         every token weighs 1/targets. Gradients are clipped to `clip_norm`, and parameters updated with
-        `lr_ratio` times their peak learning rates, unless the gradient is not finite.
+        `lr_ratio` times their peak learning rates, if the step is sound: `judge` finds the mean loss () fine,
+        in a bool () on the device, and the gradient is finite. The host does not wait for either.
         """
         loss_sum = self.accumulate(micros, targets)
+        loss = self.total(loss_sum.clone()) / max(targets, 1)
+        fine = judge(loss)
+        self.settle()
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak_lr"] * lr_ratio
-        grad_norm, update_ms = self.update(clip_norm)
-        return Step(loss_sum, grad_norm, update_ms)
+        watch = Stopwatch(self.device)
+        norm, sound = self.update(clip_norm, fine)
+        watch.stop()
+        came = Later(torch.stack([value.double() for value in (loss, norm, sound)]))
+        self._last = Step(loss_sum, came, watch)
+        return self._last
+
+    def settle(self) -> None:
+        """See whether the last step was sound, and leave no trace of it if not. Waits for its end only."""
+        if self._last is not None and not self._last.sound:
+            self.optimizer.forget_step()
+        self._last = None
 
     def accumulate(self, micros: Sequence[Tensor], targets: int) -> Tensor:
         """Run forward and backward; return this process's sum of token losses, on the device."""
@@ -92,20 +133,16 @@ class Engine:
         """Run backward for one micro-batch."""
         loss.backward()
 
-    def update(self, clip_norm: float | None) -> tuple[float, float]:
-        """Clip, update the parameters and drop the gradients.
+    def update(self, clip_norm: float | None, fine: Tensor) -> tuple[Tensor, Tensor]:
+        """Clip, update the parameters if the step is sound, and drop the gradients.
 
-        Returns the norm of the raw gradient over all processes and the milliseconds of the update. With a
-        norm that is not finite nothing is updated.
+        Returns the norm of the raw gradient over all processes, and whether it is finite and `fine` holds.
         """
-        grad_norm = float(self.clip(clip_norm))
-        began = time.perf_counter()
-        if math.isfinite(grad_norm):
-            self.optimizer.step()
+        norm = self.clip(clip_norm)
+        sound = fine & norm.isfinite()
+        self.optimizer.step_if(sound)
         self.optimizer.zero_grad()
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)  # so that the time of the update is known
-        return grad_norm, (time.perf_counter() - began) * 1e3
+        return norm, sound
 
     @torch.no_grad()
     def loss_sum(self, ids: Tensor) -> Tensor:
@@ -129,6 +166,7 @@ class Engine:
 
     def pieces(self) -> dict[str, Piece]:
         """Return what a checkpoint stores of the model and the optimizer: this process's tiles, by name."""
+        self.settle()
         pieces = {f"model/{h.name}": h.piece for h in self.holdings}
         return pieces | {f"optim/{name}/{key}": piece for name, key, piece in self.optimizer.pieces()}
 

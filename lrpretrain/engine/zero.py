@@ -9,9 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
-import math
 import os
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,6 +19,7 @@ from torch import Tensor, nn
 from lrpretrain.engine.base import Engine
 from lrpretrain.errors import ConfigError
 from lrpretrain.model.llama import materialize
+from lrpretrain.optim import ShardedOptimizer
 from lrpretrain.sharding import Holding, hold, zero
 
 
@@ -30,16 +29,20 @@ class Client(torch.optim.Optimizer):
     def __init__(self, groups: list[dict[str, Any]]):
         super().__init__(groups, {"lr": 0.0})
         self.shards: dict[int, list[zero.Shard]] = {}  # by the flat buffer that they are views of
-        self.optimizer: torch.optim.Optimizer | None = None
+        self.optimizer: ShardedOptimizer | None = None
+        self.fine = True  # else it leaves everything as it is
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Update what lies in the buffers that DeepSpeed shows now, with their gradients."""
         assert self.optimizer is not None, "DeepSpeed stepped before there was an optimizer"
         flats = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        if not flats or not self.fine:
+            return
         active = [(shard, flat.grad) for flat in flats for shard in self.shards[id(flat)]]
         for shard, grad in active:
             shard.grad = grad[shard.span]
-        self.optimizer.step()
+        # As the other engines do, to the rounding; DeepSpeed does not come here with a broken gradient.
+        self.optimizer.step_if(torch.tensor(True, device=flats[0].device))
         for shard, _ in active:
             shard.grad = None
 
@@ -124,16 +127,19 @@ class Zero(Engine):
         """Run backward for one micro-batch."""
         self.deepspeed.backward(loss, scale_wrt_gas=False)
 
-    def update(self, clip_norm: float | None) -> tuple[float, float]:
-        """Let DeepSpeed clip, to the norm of its configuration, and update; see Engine.update."""
-        self.client.optimizer = self.optimizer
-        began = time.perf_counter()
+    def update(self, clip_norm: float | None, fine: Tensor) -> tuple[Tensor, Tensor]:
+        """Let DeepSpeed clip, to the norm of its configuration, and update; see Engine.update.
+
+        The host waits for the device, as DeepSpeed does: it decides there about gradients.
+        """
+        self.client.optimizer, self.client.fine = self.optimizer, bool(fine)
         self.deepspeed.step()
         applied = self.deepspeed.was_step_applied()
-        grad_norm = float(self.deepspeed.get_global_grad_norm()) if applied else math.inf
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return grad_norm, (time.perf_counter() - began) * 1e3
+        norm = self.deepspeed.get_global_grad_norm() if applied else torch.inf
+        return torch.as_tensor(norm, device=fine.device), fine & applied
+
+    def settle(self) -> None:
+        """Do nothing: a step that is not sound never comes to the optimizer."""
 
     def close(self) -> None:
         """Take DeepSpeed's hooks off the model."""

@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from lrpretrain.config import Config, ModelConfig, find_shipped, shipped_names
@@ -28,6 +29,10 @@ from lrpretrain.optim.groups import matched
 from lrpretrain.sharding import Holding, Tile
 
 BLOCK_ROWS = 128
+# PyTorch's own attention under a name without a maker of masks: for "sdpa" transformers looks for packed
+# sequences in the positions, in every forward, and the host waits for the device to answer.
+ATTENTION = "causal_sdpa"
+AttentionInterface.register(ATTENTION, sdpa_attention_forward)
 
 
 class Llama(LlamaForCausalLM):
@@ -84,9 +89,9 @@ def load_config(model: ModelConfig) -> LlamaConfig:
 
 
 def build(config: LlamaConfig, dtype: torch.dtype = torch.float32) -> Llama:
-    """Return the model on the meta device: names and shapes, no memory. Attention is SDPA."""
+    """Return the model on the meta device: names and shapes, no memory. Attention is causal SDPA."""
     with torch.device("meta"):
-        model = Llama._from_config(config, attn_implementation="sdpa")
+        model = Llama._from_config(config, attn_implementation=ATTENTION)
     model.config.use_cache = False  # training never reads the keys and values again
     return model.to(dtype)
 

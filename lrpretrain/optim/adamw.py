@@ -9,6 +9,9 @@ Source: Loshchilov & Hutter, arXiv 1711.05101, with eps added to the root of the
 
 torch.optim.AdamW adds eps to the corrected root instead: with the same eps the two differ.
 Everything is element-wise: any distribution over processes will do.
+
+`sound` in the options of a group, a bool on the device, says whether a step counts: one that does not leaves
+moments and weights as they are, to the bit, whatever its gradients hold, and the host need not know.
 """
 
 from __future__ import annotations
@@ -29,15 +32,42 @@ PART = 2**22  # numbers of moments that are converted at a time
 def adam_direction(
     g: list[Tensor], exp_avg: list[Tensor], exp_avg_sq: list[Tensor], hp: Group
 ) -> list[Tensor]:
-    """Update the moments with the gradients and return m / (√v + ε), each shaped as its gradient."""
+    """Update the moments with the gradients and return m / (√v + ε), each shaped as its gradient.
+
+    Zeros where the step is not sound: the moments, drawn towards themselves, stay.
+    """
     beta1, beta2 = hp["betas"]
-    torch._foreach_mul_(exp_avg, beta1)
-    torch._foreach_add_(exp_avg, g, alpha=1 - beta1)
-    torch._foreach_mul_(exp_avg_sq, beta2)
-    torch._foreach_addcmul_(exp_avg_sq, g, g, 1 - beta2)
+    if (sound := hp.get("sound")) is None:
+        torch._foreach_mul_(exp_avg, beta1)
+        torch._foreach_add_(exp_avg, g, alpha=1 - beta1)
+        torch._foreach_mul_(exp_avg_sq, beta2)
+        torch._foreach_addcmul_(exp_avg_sq, g, g, 1 - beta2)
+    else:
+        towards = [torch.where(sound, x, m) for x, m in zip(g, exp_avg, strict=True)]
+        torch._foreach_lerp_(exp_avg, towards, 1 - beta1)
+        towards = [torch.where(sound, x.square(), v) for x, v in zip(g, exp_avg_sq, strict=True)]
+        torch._foreach_lerp_(exp_avg_sq, towards, 1 - beta2)
+        del towards
     root = torch._foreach_sqrt(exp_avg_sq)
     torch._foreach_add_(root, hp["eps"])
-    return list(torch._foreach_div(exp_avg, root))
+    return counted(list(torch._foreach_div(exp_avg, root)), hp)
+
+
+def counted(changes: list[Tensor], hp: Group) -> list[Tensor]:
+    """Return finite changes as they are, and zeros where the step is not sound."""
+    sound = hp.get("sound")
+    return changes if sound is None else list(torch._foreach_mul(changes, sound.to(changes[0].dtype)))
+
+
+def decay(w: list[Tensor], hp: Group) -> None:
+    """Take lr λ w from every w, in place."""
+    if hp["weight_decay"]:
+        torch._foreach_add_(w, counted(w, hp), alpha=-hp["lr"] * hp["weight_decay"])
+
+
+def is_sound(hp: Group) -> bool:
+    """Say on the host whether the step counts. Waits for the device."""
+    return hp.get("sound") is None or bool(hp["sound"])
 
 
 def adam(g: Sequence[Tensor], states: Sequence[Mapping[str, Tensor]], hp: Group) -> list[Tensor]:
@@ -56,7 +86,7 @@ def _part_by_part(g: Tensor, s: Mapping[str, Tensor], hp: Group) -> Tensor:
         m, v = m.to(dtype), v.to(dtype)
         (N[part],) = adam_direction([g[part].to(dtype)], [m], [v], hp)
         for key, moment in zip(moments.KEYS, (m, v), strict=True):
-            moments.store(s, key, moment, part)
+            moments.store(s, key, moment, part, hp.get("sound"))
     return N
 
 
@@ -83,5 +113,4 @@ def adamw(w: list[Tensor], g: list[Tensor], state: Sequence[Mapping[str, Tensor]
     N = adam(g, state, hp)
     torch._foreach_mul_(N, [-eta for eta in step_sizes([int(s["step"]) for s in state], hp)])
     torch._foreach_add_(w, N)
-    if hp["weight_decay"]:
-        torch._foreach_mul_(w, 1 - hp["lr"] * hp["weight_decay"])
+    decay(w, hp)

@@ -37,7 +37,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lrpretrain.optim.adamw import Group, adam, step_sizes
+from lrpretrain.optim.adamw import Group, adam, is_sound, step_sizes
 from lrpretrain.optim.moments import KEYS, float_dtype, load, store, stored
 from lrpretrain.optim.optimizer import ShardedOptimizer
 from lrpretrain.optim.rule import Refresh, Slot
@@ -133,11 +133,15 @@ class GaLore:
         return N, step_sizes(s["age"].tolist(), hp)
 
     def _due(self, s: dict[str, Tensor], hp: Group) -> list[list[int]]:
-        """Return which matrices need a new basis in this update: those without one, and those with one."""
+        """Return which matrices need a new basis in this update: those without one, and those with one.
+
+        None where the step is not sound, for which the host waits if any is due.
+        """
         clocks = list(enumerate(zip(s["step"].tolist(), s["phase"].tolist(), strict=True)))
         first = [i for i, (t, _) in clocks if t == 0]
         again = [i for i, (t, phase) in clocks if t > 0 and (t - phase) % hp["update_proj_gap"] == 0]
-        return [due for due in (first, again) if due]
+        dues = [due for due in (first, again) if due]
+        return dues if dues and is_sound(hp) else []
 
     def _turns(self, s: dict[str, Tensor], hp: Group) -> list[int]:
         """Return how many bases each matrix had before the one of this update."""

@@ -42,7 +42,7 @@ import torch
 from torch import Tensor
 
 from lrpretrain.errors import ConfigError
-from lrpretrain.optim.adamw import Group, adam, adam_direction, adamw, step_sizes
+from lrpretrain.optim.adamw import Group, adam, adam_direction, adamw, decay, step_sizes
 from lrpretrain.optim.galore import GaLore, projection_defaults
 from lrpretrain.optim.optimizer import ShardedOptimizer
 from lrpretrain.optim.rule import Slot
@@ -90,14 +90,15 @@ class WeightNorm(GaLore):
         (n,) = adam_direction([grad_g], *moments, hp)
         etas = step_sizes(s["age"].tolist(), hp)
 
-        W.stretch(1 / stretch, dim)  # now W holds v
+        moves = live if hp.get("sound") is None else live & hp["sound"]
+        W.stretch(torch.where(moves, 1 / stretch, 1), dim)  # now W holds v
         W.add_lowrank(N, P, [-eta * hp["scale"] for eta in etas])
         moved = W.dot(W, dim).sqrt()
         g -= torch.tensor(etas, dtype=g.dtype, device=g.device)[:, None] * n * live
         g.copy_(torch.where(g.abs() < SMALLEST, torch.copysign(torch.full_like(g, SMALLEST), g), g))
-        norm.copy_(torch.where(live, moved, 0))
-        W.stretch(torch.where(live, g / moved, 1), dim)
-        g *= 1 - hp["lr"] * hp["weight_decay"]
+        norm.copy_(torch.where(moves, moved, norm))
+        W.stretch(torch.where(moves, g / moved, 1), dim)
+        decay([g], hp)
 
 
 class LowRankWN(GaLore):
@@ -116,7 +117,7 @@ class LowRankWN(GaLore):
         """Update a batch of whole matrices and its state in place. No communication."""
         v = Matrices(W.holdings, list(s["v"]), W.transposed)
         renormalised(W, v, G, s, hp, partial(super().update, v, G, s, hp))
-        s["v"] *= 1 - hp["lr"] * hp["weight_decay"]
+        decay([s["v"]], hp)
 
 
 def renormalised(
@@ -216,7 +217,7 @@ class GradNormLoRPAdamW(ShardedOptimizer):
             W, v, G = (_rows(tensor) for tensor in (h.weight, s["v"], h.grad))
             batch = {key: tensor[None] for key, tensor in s.items()}
             renormalised(W, v, G, batch, group, partial(adamw, [s["v"]], [h.grad], [s], undecayed))
-            torch._foreach_mul_([h.weight, s["v"]], 1 - group["lr"] * group["weight_decay"])
+            decay([h.weight, s["v"]], group)
 
 
 def _rows(tensor: Tensor) -> Matrices:

@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from lrpretrain.errors import ConfigError
-from lrpretrain.optim.adamw import adam, step_sizes
+from lrpretrain.optim.adamw import adam, counted, is_sound, step_sizes
 from lrpretrain.optim.optimizer import ShardedOptimizer, merge_notes
 from lrpretrain.sharding import Holding, Piece
 from lrpretrain.sharding.placement import Exchange, assign
@@ -213,14 +213,14 @@ class LOROAdamW(ShardedOptimizer):
         groups = {h.param: group for group, holdings in self._regular for h in holdings}
         numbered = enumerate(zip(self._factors["lowrank_in"], self._factors["lowrank_out"], strict=True))
         pairs = {i: (a, b) for i, (a, b) in numbered if a.param.grad is not None and b.param.grad is not None}
-        steps: dict[Tensor, tuple[Tensor, float, float, float]] = {}  # of each factor: d, η_t, c, 1 − η_t λ
+        steps: dict[Tensor, tuple[Tensor, float, float, float]] = {}  # of each factor: d, η_t, c, η_t λ
         for group in self.param_groups:
             factors = [h for pair in pairs.values() for h in pair if groups[h.param] is group]
             if factors:
-                steps |= self._directions(factors, group)
+                steps |= self._directions(factors, group | {"sound": self.sound})
         exact = {i: pair for i, pair in pairs.items() if self._is_exact(pair[1], i)}
         lazy = [h for i, pair in pairs.items() if i not in exact for h in pair]
-        _lazy_step([h.weight for h in lazy], [steps[h.param] for h in lazy])
+        _lazy_step([h.weight for h in lazy], [steps[h.param] for h in lazy], self.sound)
         self._exact(exact, steps)
         if self.refresh in ("lrk", "all"):
             self._forget(h for pair in exact.values() for h in pair)
@@ -235,19 +235,17 @@ class LOROAdamW(ShardedOptimizer):
         ds = adam([g for h in factors if (g := h.grad) is not None], states, hp)
         etas = step_sizes([int(s["step"]) for s in states], hp)
         scales = [lazy_scale(h.shape, hp) if self.loro_type == "loro" else 1.0 for h in factors]
-        decays = [1 - eta * hp["weight_decay"] for eta in etas]
+        decays = [eta * hp["weight_decay"] for eta in etas]
         return {h.param: four for h, *four in zip(factors, ds, etas, scales, decays, strict=True)}  # type: ignore[misc]
 
     def _is_exact(self, holding: Holding, pair: int = 0) -> bool:
-        if self.loro_type == "eucl":
-            return False
-        if self._use_exact is not None:
-            return self._use_exact
-        if self.exact_every == 0:
-            return False
+        """Say whether the step is exact; the host waits for the device to know that one is sound."""
+        if self._use_exact is not None or self.loro_type == "eucl" or self.exact_every == 0:
+            return bool(self._use_exact) and self.loro_type == "loro"
         pairs = len(self._factors["lowrank_out"])
         phase = pair * self.exact_every // pairs if self.exact_steps == "staggered" else 0
-        return (int(self.state[holding.param]["updates"]) + phase) % self.exact_every == 0
+        due = (int(self.state[holding.param]["updates"]) + phase) % self.exact_every == 0
+        return due and is_sound({"sound": self.sound})
 
     def _exact(
         self, pairs: Mapping[int, Pair], steps: Mapping[Tensor, tuple[Tensor, float, float, float]]
@@ -322,10 +320,13 @@ class LOROAdamW(ShardedOptimizer):
         self._owners = assign(outs, costs, [0.0] * len(outs[0].spread))
 
 
-def _lazy_step(weights: list[Tensor], steps: list[tuple[Tensor, float, float, float]]) -> None:
-    """Take lazy steps (d, η_t, c, 1 − η_t λ) in place."""
+def _lazy_step(
+    weights: list[Tensor], steps: list[tuple[Tensor, float, float, float]], sound: Tensor | None = None
+) -> None:
+    """Take lazy steps (d, η_t, c, η_t λ) in place, where they are sound; d is zero where not."""
     if not weights:
         return
     moves = torch._foreach_mul([d for d, *_ in steps], [-eta * c for _, eta, c, _ in steps])
     torch._foreach_add_(weights, moves)
-    torch._foreach_mul_(weights, [decay for *_, decay in steps])
+    if any(decays := [-decay for *_, decay in steps]):
+        torch._foreach_add_(weights, torch._foreach_mul(counted(weights, {"sound": sound}), decays))

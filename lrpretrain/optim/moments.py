@@ -55,13 +55,19 @@ def load(s: Mapping[str, Tensor], key: str, rows: Rows = ...) -> Tensor:
     return x.square() if key == "exp_avg_sq" else x
 
 
-def store(s: Mapping[str, Tensor], key: str, x: Tensor, rows: Rows = ...) -> None:
-    """Store a moment; for eight bits `s` holds `step` (b,) besides, the updates of each matrix."""
+def store(
+    s: Mapping[str, Tensor], key: str, x: Tensor, rows: Rows = ..., sound: Tensor | None = None
+) -> None:
+    """Store a moment; for eight bits `s` holds `step` (b,) besides, the updates of each matrix.
+
+    Where the step is not `sound`, x is what is stored already, and eight bits stay as they are.
+    """
     if f"{key}_scale" not in s:
         s[key][rows] = x
         return
     x = x.sqrt() if key == "exp_avg_sq" else x
-    s[key][rows], s[f"{key}_scale"][rows] = quantised(x, s[key].dtype, s["step"][rows])
+    for name, new in zip((key, f"{key}_scale"), quantised(x, s[key].dtype, s["step"][rows]), strict=True):
+        s[name][rows] = new if sound is None else torch.where(sound, new, s[name][rows])
 
 
 def quantised(x: Tensor, dtype: torch.dtype, step: Tensor) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lrpretrain.errors import ConfigError
-from lrpretrain.optim.adamw import adamw
+from lrpretrain.optim.adamw import adamw, decay, is_sound
 from lrpretrain.optim.moments import KEYS, KINDS, float_dtype
 from lrpretrain.optim.rule import Rule, Slot
 from lrpretrain.optim.subspace import METHODS
@@ -28,6 +28,7 @@ from lrpretrain.sharding.placement import PLACEMENTS, Exchange, assign, choose
 from lrpretrain.sharding.procs import Procs
 
 T = TypeVar("T")
+COUNTERS = frozenset(("step", "age", "updates"))
 
 
 @dataclass
@@ -40,13 +41,20 @@ class Batch:
     holdings: list[Holding]
     transposed: bool
     group: dict[str, Any]
+    rank: int
     state: dict[str, Tensor]
     kept: list[int]
     """Which of the matrices the state is of."""
     owners: list[int] | None = None
 
-    def update(self, rule: Rule) -> None:
+    @property
+    def hp(self) -> dict[str, Any]:
+        """The options of the group as they are now; the rank is clamped to these matrices."""
+        return self.group | {"rank": self.rank}
+
+    def update(self, rule: Rule, sound: Tensor | None) -> None:
         """Apply the rule to the matrices that have a gradient, then weight decay if that is not its own."""
+        hp = self.hp | {"sound": sound}
         have = [i for i, h in enumerate(self.holdings) if h.param.grad is not None]
         for which in [have] if self.owners is None else self._chunks(have):
             chosen = set(which)
@@ -57,16 +65,15 @@ class Batch:
             state = {key: tensor[index] for key, tensor in self.state.items()}
             holdings = [self.holdings[i] for i in which]
             if self.owners is not None:
-                self._update_at_owners(rule, holdings, [self.owners[i] for i in which], state)
+                self._update_at_owners(rule, holdings, [self.owners[i] for i in which], state, hp)
             elif holdings:
                 W, G = (kind(holdings, self.transposed) for kind in (Matrices.weights, Matrices.gradients))
-                rule.update(W, G, state, self.group)
+                rule.update(W, G, state, hp)
             if not together:
                 for key, tensor in state.items():
                     self.state[key][rows] = tensor
-        if have and self.group["weight_decay"] and not rule.decays:
-            decay = 1 - self.group["lr"] * self.group["weight_decay"]
-            torch._foreach_mul_([self.holdings[i].weight for i in have], decay)
+        if have and not rule.decays:
+            decay([self.holdings[i].weight for i in have], hp)
 
     def _chunks(self, which: list[int]) -> list[list[int]]:
         """Cut the matrices so that the whole ones of a process take CHUNK_BYTES at a time."""
@@ -75,7 +82,12 @@ class Batch:
         return [which[i : i + count] for i in range(0, len(which), count)]
 
     def _update_at_owners(
-        self, rule: Rule, holdings: list[Holding], owners: list[int], state: dict[str, Tensor]
+        self,
+        rule: Rule,
+        holdings: list[Holding],
+        owners: list[int],
+        state: dict[str, Tensor],
+        hp: dict[str, Any],
     ) -> None:
         exchange = Exchange(holdings, owners)
         weights = [h.weight for h in holdings]
@@ -85,7 +97,7 @@ class Batch:
         if grads:
             own = [hold(holdings[i].name, new) for i, new in zip(exchange.mine, news, strict=True)]
             W = Matrices.weights(own, self.transposed)
-            rule.update(W, Matrices(own, grads, self.transposed), state, self.group)
+            rule.update(W, Matrices(own, grads, self.transposed), state, hp)
         del grads
         for weight, new in zip(weights, exchange.scatter(news), strict=True):
             if rule.reads_weights:
@@ -112,6 +124,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self.rule = rule
         self.check_finite = check_finite
         self.skipped_steps = 0
+        self.sound: Tensor | None = None  # whether the step that is being taken counts
+        self._advanced = False
         self._batches: list[Batch] = []
         self._pieces: dict[str, dict[str, Piece]] = {}
         self._regular: list[tuple[dict[str, Any], list[Holding]]] = []
@@ -154,12 +168,36 @@ class ShardedOptimizer(torch.optim.Optimizer):
                 f"a gradient is not finite: step skipped ({self.skipped_steps} so far)", stacklevel=2
             )
             return loss
+        if self.rule is not None and self.rule.whole_only and not is_sound({"sound": self.sound}):
+            self._advanced = False
+            return loss
         for group, holdings in self._regular:
-            self._update_regular(group, [h for h in holdings if h.param.grad is not None])
+            options = group | {"sound": self.sound}
+            self._update_regular(options, [h for h in holdings if h.param.grad is not None])
         if self.rule is not None:
             for batch in self._batches:
-                batch.update(self.rule)
+                batch.update(self.rule, self.sound)
         return loss
+
+    def step_if(self, sound: Tensor) -> None:
+        """Do a step that leaves no trace where `sound`, a bool () on the device, is false.
+
+        The host does not wait for it, but in steps that renew bases or are exact. It need be the same on all
+        processes, and every parameter must have a gradient. Once it is known to have been false, the counters
+        are still to be taken back: `forget_step`, before the next step.
+        """
+        self.sound, self._advanced = sound, True
+        try:
+            self.step()
+        finally:
+            self.sound = None
+
+    def forget_step(self) -> None:
+        """Take back the counters of the last step, which was not sound."""
+        for state in self.state.values() if self._advanced else ():
+            for key in COUNTERS & state.keys():
+                state[key] -= 1
+        self._advanced = False
 
     def pieces(self) -> Iterator[tuple[str, str, Piece]]:
         """Yield the state as (parameter's name, key, piece), for a checkpoint that any sharding can load."""
@@ -249,15 +287,16 @@ class ShardedOptimizer(torch.optim.Optimizer):
             if len(h.shape) != 2:
                 reason = f"{h.name} has the shape {h.shape}: a group with a rank takes matrices only."
                 raise ConfigError([reason])
-            hp = _Clamped(group, min(h.shape)) if group["rank"] > min(h.shape) else group
+            rank = min(group["rank"], *h.shape)
+            hp = group | {"rank": rank}
             transposed = rule.transposed(h.shape, hp)
             place = self._place(h, hp, transposed, rule)
             cut = h.spread if place == "aligned" else place
             key = h.shape, h.split, cut, h.group, h.param.dtype, h.param.device
-            batches.setdefault(key, Batch([], transposed, hp, {}, [])).holdings.append(h)
+            batches.setdefault(key, Batch([], transposed, group, rank, {}, [])).holdings.append(h)
             if place == "owner":
                 batches[key].owners = []
-        for shape in {b.holdings[0].shape for b in batches.values() if b.group is not group}:
+        for shape in {b.holdings[0].shape for b in batches.values() if b.rank < group["rank"]}:
             warnings.warn(
                 f"rank {group['rank']} is larger than {shape}: clamped to {min(shape)}", stacklevel=5
             )
@@ -307,7 +346,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
             own = [hold(batch.holdings[i].name, w) for i, w in zip(batch.kept, wholes, strict=True)]
         slots: dict[str, Slot] = {}
         if own:
-            slots = rule.state(Matrices.weights(own, batch.transposed), batch.group)
+            slots = rule.state(Matrices.weights(own, batch.transposed), batch.hp)
             slots["step"] = Slot.whole(torch.zeros(len(own), dtype=torch.int64))
             slots["phase"] = Slot.whole(torch.tensor([phases[h.name] for h in own]))
         batch.state = {key: slot.tensor for key, slot in slots.items()}
@@ -370,7 +409,7 @@ def _model_state(rule: Rule, batch: Batch) -> dict[str, Slot]:
     """Return the state of one whole matrix of a batch, without its memory."""
     h = batch.holdings[0]
     whole = hold(h.name, torch.empty(h.shape, dtype=h.param.dtype, device="meta"))
-    return rule.state(Matrices.weights([whole], batch.transposed), batch.group)
+    return rule.state(Matrices.weights([whole], batch.transposed), batch.hp)
 
 
 def merge_notes(notes: list[tuple[str, T]], procs: Procs | None) -> list[T]:
@@ -382,17 +421,6 @@ def merge_notes(notes: list[tuple[str, T]], procs: Procs | None) -> list[T]:
             merged.setdefault((name, seen[name]), value)
             seen[name] += 1
     return list(merged.values())
-
-
-class _Clamped(dict[str, Any]):
-    """A param group seen with a smaller rank; everything else follows the group."""
-
-    def __init__(self, group: dict[str, Any], rank: int):
-        super().__init__(rank=rank)
-        self.group = group
-
-    def __missing__(self, key: str) -> Any:
-        return self.group[key]
 
 
 def _grad(holding: Holding) -> Tensor:

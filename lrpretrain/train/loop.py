@@ -13,17 +13,18 @@ from typing import Any
 import torch
 
 from lrpretrain.artifacts import checkpoint
-from lrpretrain.artifacts.metrics import Metrics
+from lrpretrain.artifacts.metrics import Metrics, say
 from lrpretrain.artifacts.rundir import RunDir
 from lrpretrain.artifacts.saver import Saver
 from lrpretrain.config import Config
 from lrpretrain.data.loader import Batch, Loader
 from lrpretrain.data.tokenizer import Tokenizer
 from lrpretrain.engine import Engine, Step
-from lrpretrain.errors import EXIT_STOPPED, ConfigError, DataError, LrpretrainError, NonFiniteError, Problem
+from lrpretrain.errors import EXIT_STOPPED, ConfigError, DataError, LrpretrainError, Problem, UnsoundError
 from lrpretrain.sharding.procs import Procs
 from lrpretrain.train.evaluate import Evaluator, continue_prompt, split
 from lrpretrain.train.guard import Guard
+from lrpretrain.train.judge import Judge
 from lrpretrain.train.recorder import recorder
 from lrpretrain.train.schedule import lr_ratio
 
@@ -34,6 +35,11 @@ class Progress:
 
     step: int = 0
     tokens: int = 0
+    skipped: int = 0
+    """Steps that were not sound and changed nothing, of those that were done."""
+    skipped_in_a_row: int = 0
+    losses: list[float] = field(default_factory=list)
+    """The last ones up to the checkpoint, by which spikes are told."""
 
 
 @dataclass
@@ -53,23 +59,26 @@ class Trainer:
 
     def __post_init__(self) -> None:
         train, folder = self.config.train, self.run_dir.checkpoints
+        losses = self.progress.losses
+        self._judge = Judge(train.spike_window, train.spike_sigmas, self.engine.device, losses)
+        self._unseen: tuple[int, Step] | None = None  # a step, and its number, of which the host knows no end
         keep = train.keep_checkpoints, train.keep_every
-        self.saver = Saver(folder, self.procs, *keep, train.async_save, saved=self.progress.step)
+        self._saver = Saver(folder, self.procs, *keep, train.async_save, saved=self.progress.step)
 
     def train(self) -> int:
         """Train to the last step; return the exit code: 0, or 75 when a signal stopped it, checkpoint saved.
 
-        Raises DataError where the data ends early or breaks, with a checkpoint saved, NonFiniteError before
-        a gradient that is not finite could touch anything, and CheckpointError where the last checkpoint
-        cannot be written.
+        Raises DataError where the data ends early or breaks, and UnsoundError after a step that was not sound
+        and changed nothing, with a checkpoint saved; and CheckpointError where that, or the last one of the
+        run, cannot be written.
         """
         steps = self.config.train.profile_steps if self.procs.is_first else 0
         try:
             with recorder(self.run_dir.path / "profile", self.config.train.profile_from, steps) as record:
                 return self._train(record)
         except LrpretrainError as error:  # which all processes meet together
-            self.saver.wait()
-            if isinstance(error, DataError) and self.progress.step != self.saver.saved:
+            self._saver.wait()
+            if isinstance(error, DataError | UnsoundError) and self.progress.step != self._saver.saved:
                 self.save(last=True)
             raise
 
@@ -84,14 +93,19 @@ class Trainer:
             last = progress.step == train.steps
             stops = bool(batch.flags) and not last
             evaluates = train.eval_every > 0 and not stops and (last or progress.step % train.eval_every == 0)
-            if evaluates or stops or last or progress.step % train.log_every == 0:
+            saves = stops or last or (train.save_every > 0 and progress.step % train.save_every == 0)
+            logs = evaluates or stops or last or progress.step % train.log_every == 0
+            if saves or logs:
+                self._see()
+            if logs:
                 values = {
-                    "train/loss": float(self.engine.total(step.loss_sum)) / max(batch.targets, 1),
+                    "train/loss": step.loss,
                     "train/lr": self.config.optim.lr * lr_ratio(progress.step - 1, train),
                     "train/grad_norm": step.grad_norm,
+                    "train/skipped": progress.skipped,
                 }
                 self._log(values | (self._evaluate() if evaluates else {}))
-            if stops or last or (train.save_every and progress.step % train.save_every == 0):
+            if saves:
                 self.save(last=stops or last)
             if stops:
                 return EXIT_STOPPED
@@ -106,12 +120,15 @@ class Trainer:
         run = {
             "step": self.progress.step,
             "tokens": self.progress.tokens,
+            "skipped": self.progress.skipped,
+            "skipped_in_a_row": self.progress.skipped_in_a_row,
+            "losses": self._judge.losses(),
             "data": self.loader.state_dict(),
             "random": base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode(),
             "config": asdict(self.config),
             "tokenizer": self.tokenizer.identity,
         }
-        self.saver.save(self.engine.pieces(), run, last=last)
+        self._saver.save(self.engine.pieces(), run, last=last)
         if self.procs.is_first:
             self.run_dir.write_status("running", self.progress.step)
         if self.metrics is not None:
@@ -128,25 +145,50 @@ class Trainer:
         return batch
 
     def _step(self, batch: Batch) -> Step:
-        """Do one optimizer step. Raises NonFiniteError where it could not be done."""
-        train, engine, progress = self.config.train, self.engine, self.progress
-        step = engine.train_step(
+        """Do one optimizer step, and see what came of the one before, while the device is busy with this one.
+
+        Raises UnsoundError, as `_see` does.
+        """
+        train, progress = self.config.train, self.progress
+        step = self.engine.train_step(
             split(batch.ids, train.micro_batch),
             batch.targets,
             train.clip_norm,
             lr_ratio(progress.step, train),
+            self._judge,
         )
-        if not math.isfinite(step.grad_norm):
-            self.save(last=True)  # with the position after this batch, behind which the run goes on
-            raise NonFiniteError(
-                f"the gradient of step {progress.step + 1} is not finite (norm {step.grad_norm}): nothing was"
-                " updated, the checkpoint goes on with the next batch. Lower optim.lr or set train.clip_norm."
-            )
         progress.step += 1
         progress.tokens += batch.tokens
         if self.metrics is not None:
-            self.metrics.count(batch.tokens, self.loader.wait_ms, step.update_ms)
+            self.metrics.count(batch.tokens, self.loader.wait_ms, step.update)
+        self._see()
+        self._unseen = progress.step, step
         return step
+
+    def _see(self) -> None:
+        """See what came of the last step not seen yet. Raises UnsoundError if the run shall stop for it."""
+        if self._unseen is None:
+            return
+        (number, step), self._unseen = self._unseen, None
+        train, progress = self.config.train, self.progress
+        if step.sound:
+            progress.skipped_in_a_row = 0
+            return
+        progress.skipped += 1
+        progress.skipped_in_a_row += 1
+        broken = not (math.isfinite(step.loss) and math.isfinite(step.grad_norm))
+        norm = f" or its gradient, of norm {step.grad_norm:.4g}, is not finite" if broken else " is a spike"
+        said = f"step {number}: the loss {step.loss:.4g}{norm}"
+        if train.unsound == "skip" and progress.skipped_in_a_row <= train.max_skipped:
+            if self.procs.is_first:
+                say(f"{said}; skipped, nothing was updated ({progress.skipped} so far)")
+            return
+        remedy = "Lower optim.lr, set train.clip_norm, or let train.unsound=skip pass over such steps."
+        if not broken:
+            remedy += " train.spike_sigmas says what a spike is."
+        raise UnsoundError(
+            f"{said}; nothing was updated, and the checkpoint goes on with the next batch. {remedy}"
+        )
 
     def _evaluate(self) -> dict[str, float]:
         assert self.evaluator is not None
@@ -159,7 +201,7 @@ class Trainer:
         prompt = self.config.train.prompt if "valid/loss" in values else None
         began = time.perf_counter()
         text = None if prompt is None else continue_prompt(self.engine, self.tokenizer, prompt)
-        values |= self.engine.optimizer.pop_metrics(self.procs) | self.saver.pop_metrics()
+        values |= self.engine.optimizer.pop_metrics(self.procs) | self._saver.pop_metrics()
         if self.metrics is not None:
             self.metrics.pause(time.perf_counter() - began)
             values["mem/optim_gib"] = self.engine.optimizer_bytes() / 2**30
@@ -208,7 +250,10 @@ def resume(
         reason = f"{path} is at step {run['step']} already"
         raise ConfigError([Problem("train.steps", config.train.steps, reason, "Raise it")])
     torch.set_rng_state(torch.frombuffer(bytearray(base64.b64decode(run["random"])), dtype=torch.uint8))
-    return Progress(run["step"], run["tokens"]), run["data"]
+    progress = Progress()
+    for key in ("step", "tokens", "skipped", "skipped_in_a_row", "losses"):
+        setattr(progress, key, run[key])
+    return progress, run["data"]
 
 
 def check_tokenizer(

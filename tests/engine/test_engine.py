@@ -9,13 +9,16 @@ from spawn import spawn
 from tiny import TINY
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lrpretrain.config import Config, DataConfig, EngineConfig, OptimConfig, PrecisionConfig
 from lrpretrain.data.pack import document_mask
 from lrpretrain.engine import build_engine
+from lrpretrain.engine.later import Later
 from lrpretrain.model.llama import initial_tile
 from lrpretrain.sharding import Tile
 from lrpretrain.sharding.procs import Procs
+from lrpretrain.train.judge import Judge
 
 
 def tiny_config(folder, **sections):
@@ -168,3 +171,32 @@ def test_a_document_mask_hides_the_documents_before(tmp_path):
     torch.testing.assert_close(masked[0], masked[1], rtol=1e-5, atol=1e-5)
     assert not torch.allclose(plain[0], plain[1], rtol=1e-3, atol=1e-3)
     assert float(engine.loss_sum(rows)) != pytest.approx(float(engine.loss_sum(other)), rel=1e-6)
+
+
+class HostReads(TorchDispatchMode):
+    """Counts the numbers that the host reads of tensors of the device: floats and bools."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._local_scalar_dense.default and args[0].dtype is not torch.int64:
+            self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("rule", ["adamw", "galore", "gradnormlorp", "loro"])
+def test_the_host_does_not_wait_for_ordinary_steps(rule, tmp_path, monkeypatch):
+    """Counters are the host's own; what is read later, of the step before, is read without waiting."""
+    monkeypatch.setattr(Later, "read", lambda self: [1.0, 1.0, 1.0])
+    config = tiny_config(tmp_path)
+    config.optim.rule, config.optim.exact_every = rule, 3
+    engine = build_engine(config, Procs(), torch.device("cpu"), pad_id=0)
+    reads = []
+    for t in range(3):
+        judge = Judge(4, 3.0, engine.device)
+        with HostReads() as mode:
+            engine.train_step([torch.full((1, 16), t + 1)], 15, 1.0, 1.0, judge)
+        reads.append(mode.count)
+    assert reads[1] == 0
+    # At a refresh and at an exact step the host asks whether the step is sound.
+    assert [n > 0 for n in reads] == [rule in ("galore", "gradnormlorp"), False, rule == "loro"]

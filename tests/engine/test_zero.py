@@ -1,10 +1,7 @@
 """What is particular to DeepSpeed: where masters lie, what is skipped, what is refused."""
 
-import math
-
 import pytest
 import torch
-import torch.distributed as dist
 from matrix import LAYOUTS, LENGTH, ROWS, ZERO3, batches, configure, whole_weights
 from spawn import spawn
 
@@ -60,40 +57,6 @@ def test_masters_start_as_on_one_process_and_are_spread(tmp_path):
         shares = [r[layout] for r in results]
         assert sum(shares) == total
         assert max(shares) < 0.36 * total
-
-
-def skips(folder):
-    """Put a NaN into one process's rows; return what the step said and whether anything changed."""
-    results = {}
-    for layout, sections in [*((layout, {}) for layout in ZEROS), ("zero1", BF16), ("zero2", BF16)]:
-        engine = build(folder, layout, **sections)
-        step(engine, batches()[0])
-        before = whole_weights(engine, engine.procs)
-        state = [p.tensor.clone() for _, _, p in engine.optimizer.pieces()]
-        plain = engine.backward
-        bad = math.nan if dist.get_rank() == 1 else 1.0
-        engine.backward = lambda loss, plain=plain, bad=bad: plain(loss * bad)
-        skipped = step(engine, batches()[1])
-        engine.backward = plain
-        after = whole_weights(engine, engine.procs)
-        assert all(torch.equal(before[n], after[n]) for n in before), layout
-        assert all(
-            torch.equal(a, p.tensor) for a, (_, _, p) in zip(state, engine.optimizer.pieces(), strict=True)
-        )
-        good = step(engine, batches()[2])
-        assert math.isfinite(good.grad_norm)
-        assert not torch.equal(
-            whole_weights(engine, engine.procs)["lm_head.weight"], before["lm_head.weight"]
-        )
-        results[layout, bool(sections)] = skipped.grad_norm
-        engine.close()
-    return results
-
-
-def test_a_gradient_that_is_not_finite_changes_nothing_on_any_process(tmp_path):
-    for results in spawn(skips, 2, tmp_path):
-        assert len(results) == len(ZEROS) + 2
-        assert not any(math.isfinite(norm) for norm in results.values())
 
 
 def refusals(folder):

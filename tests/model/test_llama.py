@@ -152,7 +152,7 @@ def test_building_takes_no_memory():
     model = llama.build(llama.load_config(ModelConfig("llama_60m")), torch.bfloat16)
     assert {p.device.type for p in [*model.parameters(), *model.buffers()]} == {"meta"}
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
-    assert model.config._attn_implementation == "sdpa"
+    assert model.config._attn_implementation == llama.ATTENTION
 
 
 def test_a_config_comes_from_a_name_or_a_file(tmp_path):
