@@ -88,8 +88,10 @@ def pretrain(config: Config) -> int:
 
 
 def _starts(config: Config, run_dir: RunDir) -> list[Path]:
-    """Return the checkpoints to go on from, the first that is intact. Raises CheckpointError for a path that
-    is none."""
+    """Return the checkpoints to go on from, the newest first: from the first of them that is intact.
+
+    Raises CheckpointError for a path that is none.
+    """
     if config.run.resume == "never":
         return []
     if config.run.resume == "auto":
@@ -107,15 +109,17 @@ def _starts(config: Config, run_dir: RunDir) -> list[Path]:
 def _intact(starts: Sequence[Path], run_dir: RunDir, procs: Procs) -> Path | None:
     """Return the first of the checkpoints that is intact, and say what is wrong with those before it.
 
-    None where there are none. Raises CheckpointError on all processes if they are all damaged, or see others.
+    None where there are none. Raises CheckpointError on all processes if all are damaged, or if the
+    processes do not see the same newest one.
     """
     seen = procs.gather([str(path) for path in starts])
-    if any(paths != seen[0] for paths in seen):
-        where = "; ".join(f"process {proc}: {', '.join(paths) or 'none'}" for proc, paths in enumerate(seen))
+    if len({tuple(paths[:1]) for paths in seen}) > 1:
+        newest = [paths[0] if paths else None for paths in seen]
+        where = "; ".join(f"process {proc}: {path}" for proc, path in enumerate(newest))
         raise CheckpointError(
             f"the processes see different checkpoints ({where}). Let all nodes share run.dir."
         )
-    start, wrong = checkpoint.find_intact(starts, procs)
+    start, wrong = checkpoint.find_intact([Path(path) for path in seen[0]], procs)
     if procs.is_first:
         for path in checkpoint.incomplete(run_dir.checkpoints):
             if start is None or checkpoint.step_of(path) > checkpoint.step_of(start):

@@ -70,7 +70,7 @@ def save(folder: Path, pieces: Mapping[str, Piece], run: Mapping[str, Any], proc
     try:
         _write(path, aside, pieces, run, procs)
     except CheckpointError:
-        if procs.is_first:
+        if procs.is_first and not (path / "manifest.json").exists():  # the older one, still in its place
             with suppress(OSError):
                 _remove(path)
                 aside.rename(path)

@@ -38,7 +38,7 @@ class Procs:
 
     def apart(self) -> Procs:
         """Return the same processes with a group of their own, whose messages another thread may exchange."""
-        group = dist.new_group(backend="gloo") if dist.is_initialized() else None
+        group = dist.new_group(backend="gloo") if self.n_procs > 1 else None
         return Procs(self.proc, self.n_procs, group)
 
     @property

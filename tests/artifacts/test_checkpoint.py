@@ -233,6 +233,12 @@ def test_a_checkpoint_is_replaced_by_a_whole_one_only(saved, tmp_path, monkeypat
             checkpoint.save(tmp_path, pieces, RUN | {"tokens": 71}, Procs())
     assert checkpoint.read_manifest(saved) == before
     checkpoint.check(saved, Procs())
+    in_the_way = saved.with_suffix(".old")
+    in_the_way.write_text("")
+    with pytest.raises(CheckpointError, match="cannot be written"):
+        checkpoint.save(tmp_path, pieces, RUN | {"tokens": 71}, Procs())
+    checkpoint.check(saved, Procs())
+    in_the_way.unlink()
     checkpoint.save(tmp_path, pieces, RUN | {"tokens": 71}, Procs())
     assert checkpoint.read_run(saved)["tokens"] == 71
     assert list(tmp_path.iterdir()) == [saved]
