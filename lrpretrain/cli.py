@@ -1,9 +1,11 @@
-"""The tools beside training: `lrpretrain show | doctor | tokenize | …`; `lrpretrain --help` lists them."""
+"""The tools beside training: `lrpretrain show | memory | doctor | bench | tokenize | export | eval | …`."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import logging
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,12 +14,14 @@ from lrpretrain import __version__
 from lrpretrain.config import Config, DataConfig
 from lrpretrain.errors import ConfigError, DamageError, DataError, LrpretrainError
 
+MODEL = "a checkpoint, a run folder for its newest one, or a model in the Hugging Face format"
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one tool; return its exit code: 0, 1 doctor, bench, 2 configuration, 3 data, disk, 4 checkpoint."""
     parser = build_parser()
     known, rest = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
-    if rest and known.run not in (show, doctor, bench_train):
+    if rest and known.run not in (show, memory, doctor, bench_train, evaluate):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     known.overrides = rest
     logging.basicConfig(format="%(message)s")
@@ -50,6 +54,17 @@ def show(args: argparse.Namespace) -> None:
     else:
         print(config.to_yaml(read))
         print(plan.describe(read, args.procs))
+
+
+def memory(args: argparse.Namespace) -> None:
+    """Print what every rule and placement asks of a process, by the number of processes."""
+    from lrpretrain import config
+    from lrpretrain.train import plan
+
+    read, problems = config.parse(["--engine.kind", "fsdp", *args.overrides], prog="lrpretrain memory")
+    if problems:
+        raise ConfigError(problems)
+    print(plan.table(read, args.procs))
 
 
 def doctor(args: argparse.Namespace) -> None:
@@ -145,30 +160,15 @@ def download(args: argparse.Namespace) -> None:
 
 
 def generate(args: argparse.Namespace) -> None:
-    """Continue a prompt with the model of a checkpoint."""
+    """Continue a prompt with a trained model."""
     import torch
 
-    from lrpretrain import config
-    from lrpretrain.artifacts import checkpoint
-    from lrpretrain.data.inputs import open_tokenizer
-    from lrpretrain.model import llama
-    from lrpretrain.sharding import hold
-    from lrpretrain.sharding.procs import Procs
-    from lrpretrain.train.loop import check_tokenizer
+    from lrpretrain.train import trained
 
-    path = checkpoint.newest(args.checkpoint)
-    checkpoint.check(path, Procs())
-    saved = checkpoint.read_run(path)
-    run = config.from_dict(saved["config"])
-    own = path.resolve().parents[1] / "tokenizer.model"
-    run.data.tokenizer = args.tokenizer or (str(own) if own.is_file() else run.data.tokenizer)
-    model = llama.configured(run)
-    ids = open_tokenizer(run, model.config.vocab_size)
-    if problems := check_tokenizer(path, saved, run, ids):
-        raise ConfigError(problems)
-    llama.materialize(model, torch.device("cpu"))
-    holdings = [hold(name, param) for name, param in model.named_parameters()]
-    checkpoint.load(path, {f"model/{h.name}": h.piece for h in holdings}, Procs(), checked=True)
+    found = trained.find(args.checkpoint)
+    found.config.data.tokenizer = args.tokenizer or found.config.data.tokenizer
+    ids = found.tokenizer()
+    model = found.model()
     torch.manual_seed(args.seed)
     prompt = torch.from_numpy(ids.encode(args.prompt)[None, :-1])  # without the eos
     sampling = {"temperature": args.temperature} if args.temperature > 0 else {}
@@ -205,6 +205,48 @@ def inspect(args: argparse.Namespace) -> None:
     print(f"all {len(files)} files ({size:,} bytes) are as they were written")
 
 
+def export(args: argparse.Namespace) -> None:
+    """Write a trained model in the Hugging Face format."""
+    import torch
+
+    from lrpretrain.artifacts.export import export, refuse_taken
+    from lrpretrain.train import trained
+
+    refuse_taken(args.out)
+    found = trained.find(args.checkpoint)
+    found.config.data.tokenizer = args.tokenizer or found.config.data.tokenizer
+    tokenizer = None if args.no_tokenizer else found.tokenizer()
+    dtype = args.dtype or found.config.precision.params
+    wants = {"form": args.form, "dtype": getattr(torch, dtype), "shard_size": args.shard_size}
+    export(found.model(), found.shape, tokenizer, args.out, **wants)
+    print(f"wrote {args.out}: the model of {found.path}, {args.form}, in {dtype}")
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    """Print the perplexity of a trained model on validation data."""
+    from lrpretrain.engine.device import pick_device
+    from lrpretrain.train import trained
+
+    model = trained.find(args.model)
+    tokens = [f"--train.eval_tokens={args.tokens}"] if args.tokens else []
+    trained.configure(model, [*args.overrides, *tokens])
+    found = trained.evaluate(model, pick_device())
+    if args.json:
+        print(json.dumps({"model": str(model.path), "data.source": model.config.data.source, **found}))
+        return
+    print(f"{model.path} on {found['valid/targets']:,} tokens of data.source={model.config.data.source}")
+    for name, ppl, loss, how in (
+        ("perplexity", "valid/ppl", "valid/loss", "every token counts the same"),
+        (
+            "of the papers' scripts",
+            "valid/biased_ppl",
+            "valid/biased_loss",
+            "sum of the micro-batches' means, divided by their number + 1",
+        ),
+    ):
+        print(f"{name:24}{found[ppl]:10.4f}   loss {found[loss]:.6f}   {how}")
+
+
 def _text(args: argparse.Namespace) -> DataConfig:
     """Return the data that the options --path and, where the tool has it, --tokenizer mean."""
     tokenizer = getattr(args, "tokenizer", None)
@@ -223,6 +265,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=__version__)
     tools = parser.add_subparsers(required=True, metavar="TOOL", title="tools")
     _add_show(tools)
+    _add_memory(tools)
     _add_doctor(tools)
     _add_bench(tools)
     _add_tokenizer(tools)
@@ -230,6 +273,8 @@ def build_parser() -> argparse.ArgumentParser:
     _add_download(tools)
     _add_generate(tools)
     _add_inspect(tools)
+    _add_export(tools)
+    _add_eval(tools)
     return parser
 
 
@@ -246,6 +291,10 @@ def _count(text: str) -> int:
     return int(text)
 
 
+def _counts(text: str) -> list[int]:
+    return [_count(part) for part in text.split(",")]
+
+
 def _add_show(tools) -> None:  # type: ignore[no-untyped-def]
     usage = "lrpretrain show FILE [--procs N] [--field SECTION.FIELD] [--section.field VALUE ...]"
     about = "print a configuration's resolved values and what they amount to, or all that is wrong with it"
@@ -256,6 +305,14 @@ def _add_show(tools) -> None:  # type: ignore[no-untyped-def]
     tool.add_argument("--procs", type=_count, default=1, help=procs)
     field = "print the value of this field only, for scripts (default: all fields)"
     tool.add_argument("--field", metavar="SECTION.FIELD", help=field)
+
+
+def _add_memory(tools) -> None:  # type: ignore[no-untyped-def]
+    usage = "lrpretrain memory [--procs N,N,...] [--section.field VALUE ...]"
+    about = "print a table of what every rule and placement takes of memory and sends, without training"
+    tool = _add(tools, "memory", memory, about, usage=usage, allow_abbrev=False)
+    procs = "processes, a group of columns for each (default: 8,64,256)"
+    tool.add_argument("--procs", type=_counts, default=[8, 64, 256], help=procs)
 
 
 def _add_doctor(tools) -> None:  # type: ignore[no-untyped-def]
@@ -338,8 +395,7 @@ def _add_download(tools) -> None:  # type: ignore[no-untyped-def]
 
 def _add_generate(tools) -> None:  # type: ignore[no-untyped-def]
     tool = _add(tools, "generate", generate, "continue a prompt with a trained model, on the CPU")
-    which = "a checkpoint, or a run folder for its newest one"
-    tool.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help=which)
+    tool.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help=MODEL)
     tool.add_argument("prompt", metavar="PROMPT", help="text to continue")
     tool.add_argument("--tokens", type=_count, default=64, help="new tokens, at most (default: %(default)s)")
     heat = "0 takes the most likely token, more is bolder (default: %(default)s)"
@@ -353,6 +409,39 @@ def _add_inspect(tools) -> None:  # type: ignore[no-untyped-def]
     tool = _add(tools, "inspect", inspect, "print what is in a checkpoint, and verify its files")
     which = "a checkpoint, or a run folder for its newest one"
     tool.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help=which)
+
+
+def _add_export(tools) -> None:  # type: ignore[no-untyped-def]
+    tool = _add(tools, "export", export, "write a trained model in the Hugging Face format")
+    tool.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help=MODEL)
+    tool.add_argument("out", type=Path, metavar="OUT", help="the folder to write")
+    form = "dense: for transformers, low-rank factors and adapters merged; factored: LORO's factors as they "
+    form += "are, for lrpretrain.model.llama.from_pretrained (default: %(default)s)"
+    tool.add_argument("--form", choices=["dense", "factored"], default="dense", help=form)
+    floats = "of the weights (default: the run's precision.params)"
+    tool.add_argument("--dtype", choices=["float32", "bfloat16"], help=floats)
+    size = "of a file of weights, at most (default: %(default)s)"
+    tool.add_argument("--shard_size", type=_size, default="5GB", help=size)
+    tool.add_argument("--tokenizer", help="a .model file or a tokenizer of the hub (default: the run's own)")
+    without = "write no files of a tokenizer (default: those that AutoTokenizer loads)"
+    tool.add_argument("--no_tokenizer", action="store_true", help=without)
+
+
+def _size(text: str) -> str:
+    """Read a size such as 5GB; argparse says which option it was for."""
+    if not re.fullmatch(r"[1-9]\d*[KMGT]B", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 500MB or 5GB")
+    return text
+
+
+def _add_eval(tools) -> None:  # type: ignore[no-untyped-def]
+    usage = "lrpretrain eval MODEL [--tokens N] [--json] [--section.field VALUE ...]"
+    about = "measure the perplexity of a trained model on validation data, by default that of its run"
+    tool = _add(tools, "eval", evaluate, about, usage=usage, allow_abbrev=False)
+    tool.add_argument("model", type=Path, metavar="MODEL", help=MODEL)
+    tokens = "non-pad tokens, rounded up to whole global batches (default: the run's train.eval_tokens)"
+    tool.add_argument("--tokens", type=_count, help=tokens)
+    tool.add_argument("--json", action="store_true", help="print one line of JSON (default: a table)")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import difflib
 import logging
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -293,8 +293,12 @@ def shipped_names(kind: str) -> list[str]:
     )
 
 
-def parse(argv: Sequence[str], prog: str = "lrpretrain.pretrain") -> tuple[Config, list[Problem | str]]:
+def parse(
+    argv: Sequence[str], prog: str = "lrpretrain.pretrain", onto: Config | None = None
+) -> tuple[Config, list[Problem | str]]:
     """Read a configuration from a command line, and return it with everything that is wrong with it.
+
+    What is not given there is as in `onto`, or the default.
 
     Items that cannot be read keep their default, so that the rest can be checked as well. `--help` and
     `--print_config` print and exit.
@@ -303,7 +307,7 @@ def parse(argv: Sequence[str], prog: str = "lrpretrain.pretrain") -> tuple[Confi
     if any(a in ("-h", "--help") for a in argv):
         parser.parse_args(["--help"])
     problems: list[Problem | str] = []
-    values: dict[str, dict[str, Any]] = {}
+    values: dict[str, dict[str, Any]] = {} if onto is None else asdict(onto)
     known = {f"{s.name}.{f.name}" for s in fields(Config) for f in fields(s.default_factory)}  # type: ignore[arg-type]
     for key, value, origin in _items(argv, problems):
         if key not in known:

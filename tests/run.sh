@@ -9,4 +9,4 @@ ruff check .
 ruff format --check .
 mypy
 export DS_ACCELERATOR=cpu HF_HUB_DISABLE_TELEMETRY=1
-python -m pytest "$@"
+python -m pytest --numprocesses 2 --dist loadfile "$@"

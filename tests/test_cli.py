@@ -15,6 +15,7 @@ from lrpretrain import __version__, cli
 from lrpretrain.data import tokenizer
 from lrpretrain.data.sources import FileShards
 from lrpretrain.data.tokens import TokenShards
+from lrpretrain.sharding.placement import PLACEMENTS
 
 
 @pytest.fixture(autouse=True)
@@ -38,7 +39,8 @@ def run(capsys):
     return run
 
 
-TOOLS = ["show", "doctor", "tokenizer train", "tokenize", "download", "generate", "inspect"]
+TOOLS = ["show", "memory", "doctor", "tokenizer train", "tokenize", "download", "generate", "inspect"]
+TOOLS += ["export", "eval"]
 
 
 @pytest.mark.parametrize("tool", ["", *TOOLS])
@@ -77,6 +79,24 @@ def test_show(run):
     assert code == 0
     assert "steps: 7000" in out
     assert "2 processes × 8 micro-batch × 1 accumulation × 128 tokens = 2,048 tokens per step" in out
+
+
+def test_memory(run):
+    code, out, _ = run("memory", "--procs", "2,4", "--model.config", "llama_9m", "--optim.moments", "int8")
+    header, _, *rows = out.splitlines()
+    assert code == 0
+    columns = [f"{n}: {name}" for n in (2, 4) for name in ("weights", "gradients", "state", "sent")]
+    assert header == f"| GiB | {' | '.join(columns)} |"
+    # adamw and loro have no moments of eight bits
+    assert [row.split(" | ")[0] for row in rows] == [
+        f"| {rule} {place}" for rule in ("galore", "gradnormlorp") for place in PLACEMENTS
+    ]
+    code, out, err = run("memory", "--optim.rank", "100000", "--procs", 2)
+    assert (code, out) == (2, "")
+    assert "optim.rank=100000" in err
+    code, _, err = run("memory", "--procs", "8,x")
+    assert code == 2
+    assert "argument --procs: 'x' is not a whole number above 0" in err
 
 
 def test_show_one_field(run):

@@ -90,6 +90,18 @@ def doctor(line):
     assert [*problems, *plan.problems(read, 2)] == []
 
 
+def tabulated(line):
+    """See that its table follows, which test_a_table_is_what_its_command_prints compares."""
+    assert f"{line}\n```\n\n| GiB |" in README
+
+
+def evaluation(line):
+    """Read what an evaluation gets; test_export.py runs some."""
+    known, rest = cli.build_parser().parse_known_args(shlex.split(line)[1:])
+    assert known.run is cli.evaluate
+    assert config.parse(rest)[1] == []
+
+
 # How a command is tried, by how it begins. The scripts run in test_launch.py, and run.sh around us.
 TRIED = {
     "bash launch/quickstart.sh": script,
@@ -98,6 +110,8 @@ TRIED = {
     "bash launch/fsdp.sh ": launcher,
     "bash launch/zero.sh ": launcher,
     "lrpretrain doctor ": doctor,
+    "lrpretrain memory ": tabulated,
+    "lrpretrain eval ": evaluation,
     "source .venv/bin/activate": exists,
     "tensorboard --logdir ": exists,
     "python -m lrpretrain.pretrain ": lambda line: train(line, 1),
@@ -112,6 +126,14 @@ def test_a_command_works(line):
     tries = [how for prefix, how in TRIED.items() if line.startswith(prefix)]
     assert tries, f"the README has a command that no test knows: {line}"
     tries[0](line)
+
+
+@pytest.mark.parametrize(
+    ("line", "table"), re.findall(r"^```bash\n(lrpretrain memory .*)\n```\n\n((?:\|.*\n)+)", README, re.M)
+)
+def test_a_table_is_what_its_command_prints(line, table, capsys):
+    assert cli.main(shlex.split(line)[1:]) == 0
+    assert capsys.readouterr().out == table
 
 
 def test_every_way_to_try_is_used():

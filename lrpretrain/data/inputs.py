@@ -6,6 +6,8 @@ import glob
 import os
 from pathlib import Path
 
+import tokenizers
+
 from lrpretrain.config import Config, DataConfig
 from lrpretrain.data import sample, tokenizer
 from lrpretrain.data.hub import HubShards
@@ -120,7 +122,10 @@ class _Recorded:
     def piece(self, index: int) -> str:
         raise self.lacks_text()
 
-    def lacks_text(self) -> ConfigError:
+    def fast(self, size: int) -> tokenizers.Tokenizer:
+        raise self.lacks_text("do without its files (--no_tokenizer)")
+
+    def lacks_text(self, otherwise: str = "do without a prompt") -> ConfigError:
         reason = f"text needs a tokenizer, and {self._folder}/tokens.json only records its ids"
-        remedy = f"Name the one that is {self.identity}, or do without a prompt"
+        remedy = f"Name the one that is {self.identity}, or {otherwise}"
         return ConfigError([Problem("data.tokenizer", None, reason, remedy)])

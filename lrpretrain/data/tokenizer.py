@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import os
 import re
 import threading
@@ -18,7 +19,9 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 import sentencepiece
+import tokenizers
 
+from lrpretrain.data.fast import of_sentencepiece
 from lrpretrain.errors import ConfigError, DataError, Problem
 
 PAD_ID, EOS_ID, UNK_ID = 0, 1, 2
@@ -96,6 +99,7 @@ class _Backend(Protocol):
     def encode(self, text: str) -> list[int]: ...
     def decode(self, ids: list[int]) -> str: ...
     def piece(self, index: int) -> str: ...
+    def fast(self, size: int) -> tokenizers.Tokenizer: ...
 
 
 class Tokenizer:
@@ -131,6 +135,23 @@ class Tokenizer:
         silent = (self.eos_id, self.pad_id)
         known = (int(i) if i < self.size else self.unk_id for i in ids if i not in silent)
         return self._backend.decode(list(known))
+
+    def fast(self) -> tokenizers.Tokenizer:
+        """Return what gives the same ids, less the eos, in the tokenizers library.
+
+        Sentinels at or above the model's vocabulary are no pieces of it. Raises ConfigError where there is
+        no such thing.
+        """
+        try:
+            return self._backend.fast(self.size)
+        except (ImportError, ValueError) as error:
+            remedy = "Name another form of the same tokenizer, or do without its files (--no_tokenizer)"
+            raise _problem(self._spec, f"transformers has no tokenizer for it: {error}", remedy) from error
+
+    def special(self) -> dict[str, str]:
+        """Return the pieces of pad, eos and unknown, by the names that transformers has for them."""
+        ids = {"pad_token": self.pad_id, "eos_token": self.eos_id, "unk_token": self.unk_id}
+        return {name: self._backend.piece(index) for name, index in ids.items()}
 
     def __reduce__(self) -> tuple[Callable[[str, int], Tokenizer], tuple[str, int]]:
         # Backends hold locks and foreign objects: another process loads its own.
@@ -208,6 +229,9 @@ class _SentencePiece:
         piece: str = self._model.id_to_piece(index)
         return piece
 
+    def fast(self, size: int) -> tokenizers.Tokenizer:
+        return of_sentencepiece(self._model.serialized_model_proto())
+
 
 class _Pretrained:
     def __init__(self, spec: str, path: Path):
@@ -250,3 +274,13 @@ class _Pretrained:
 
     def piece(self, index: int) -> str:
         return str(self._tokenizer.convert_ids_to_tokens(index))
+
+    def fast(self, size: int) -> tokenizers.Tokenizer:
+        if self._fast is None:
+            raise ValueError("it is written in Python alone")
+        own = json.loads(self._fast.to_str())
+        own |= {"post_processor": None, "truncation": None, "padding": None}  # training adds the eos alone
+        own["added_tokens"] = [token for token in own["added_tokens"] if token["id"] < size]
+        if own["model"]["type"] == "Unigram":
+            own["model"]["vocab"] = own["model"]["vocab"][:size]  # T5's sentinels lie at its end
+        return tokenizers.Tokenizer.from_str(json.dumps(own))

@@ -10,7 +10,8 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,6 +34,8 @@ BLOCK_ROWS = 128
 # sequences in the positions, in every forward, and the host waits for the device to answer.
 ATTENTION = "causal_sdpa"
 AttentionInterface.register(ATTENTION, sdpa_attention_forward)
+KINDS = ("llama", "llama_lowrank")
+"""Types of model that we write: transformers', and one that it does not know, for models in factors."""
 
 
 class Llama(LlamaForCausalLM):
@@ -50,8 +53,8 @@ class Llama(LlamaForCausalLM):
         return token_loss_sum(self.lm_head, hidden, labels, self.loss_chunk)
 
 
-def load_config(model: ModelConfig) -> LlamaConfig:
-    """Return the transformers config of a shipped model or a config.json. Raises ConfigError."""
+def load_config(model: ModelConfig, kinds: Sequence[str] = ("llama",)) -> LlamaConfig:
+    """Return the transformers config of a shipped model or a config.json of `kinds`. Raises ConfigError."""
     path = find_shipped("model_configs", model.config)
     if path is None:
         remedy = f"Give a Hugging Face config.json or one of {', '.join(shipped_names('model_configs'))}"
@@ -64,7 +67,7 @@ def load_config(model: ModelConfig) -> LlamaConfig:
     except (OSError, ValueError, AttributeError) as error:
         problem = Problem("model.config", model.config, f"cannot be read: {error}", "Mend the file")
         raise ConfigError([problem]) from error
-    if kind != "llama":
+    if kind not in kinds:
         remedy = 'Use a config whose "model_type" is "llama"'
         raise ConfigError([Problem("model.config", model.config, f"is a model of type {kind!r}", remedy)])
     unsupported = {
@@ -85,7 +88,7 @@ def load_config(model: ModelConfig) -> LlamaConfig:
     ]
     if problems:
         raise ConfigError(problems)
-    return LlamaConfig(**values)
+    return LlamaConfig(**values | {"model_type": "llama"})
 
 
 def build(config: LlamaConfig, dtype: torch.dtype = torch.float32) -> Llama:
@@ -105,6 +108,27 @@ def configured(config: Config, dtype: torch.dtype = torch.float32) -> Llama:
     if config.optim.mode == "dora":
         names = matched(shapes(model), config.optim)
         adapt(model, names, config.optim.adapter_rank, config.optim.adapter_alpha)
+    return model
+
+
+def from_pretrained(
+    folder: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | None = None
+) -> Llama:
+    """Return the model of a Hugging Face folder, dense or in factors as `lrpretrain export` writes them.
+
+    It is on the CPU unless another device is named. Raises ConfigError for a model that is not LLaMA, and for
+    files that do not hold it.
+    """
+    config = load_config(ModelConfig(str(Path(folder) / "config.json")), KINDS)
+    model = build(config, dtype)
+    factorize(model, getattr(config, "lowrank_ranks", {}), "xavier")
+    files = Pretrained(str(folder))
+    if problems := files.problems(shapes(model)):
+        raise ConfigError(problems)
+    materialize(model, device or torch.device("cpu"))
+    with torch.no_grad():
+        for name, param in model.named_parameters():
+            param.copy_(files.read(name, slice(None)))
     return model
 
 

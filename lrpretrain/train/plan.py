@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import shutil
 from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -16,6 +20,14 @@ from lrpretrain.model import llama
 from lrpretrain.model.lowrank import initial_factor
 from lrpretrain.model.pretrained import Pretrained
 from lrpretrain.optim import groups
+from lrpretrain.sharding.placement import PLACEMENTS
+from lrpretrain.train import memory
+
+VARIANTS: list[tuple[Any, Any]] = [
+    ("adamw", "auto"),
+    *itertools.product(groups.PROJECTED, PLACEMENTS),
+    ("loro", "auto"),
+]
 
 
 def problems(config: Config, n_procs: int) -> list[Problem | str]:
@@ -27,11 +39,7 @@ def problems(config: Config, n_procs: int) -> list[Problem | str]:
         shape = llama.load_config(config.model)
     except ConfigError as error:
         return [*found, *error.problems]
-    if config.data.seq_len > shape.max_position_embeddings:
-        reason = f"is longer than the model's {shape.max_position_embeddings} positions"
-        found.append(
-            Problem("data.seq_len", config.data.seq_len, reason, "Lower it, or use another model.config")
-        )
+    found += too_long(config, shape.max_position_embeddings)
     shapes = llama.shapes(llama.build(shape))
     if config.model.init_from is not None:
         try:
@@ -39,6 +47,14 @@ def problems(config: Config, n_procs: int) -> list[Problem | str]:
         except ConfigError as error:
             found += error.problems
     return found + groups.problems(shapes, config.optim)
+
+
+def too_long(config: Config, positions: int) -> list[Problem | str]:
+    """Return what is wrong where rows are longer than the model's positions."""
+    if config.data.seq_len <= positions:
+        return []
+    reason, remedy = f"is longer than the model's {positions} positions", "Lower it, or use another model"
+    return [Problem("data.seq_len", config.data.seq_len, reason, remedy)]
 
 
 def check(config: Config, n_procs: int) -> list[Problem | str]:
@@ -317,9 +333,37 @@ def describe(config: Config, n_procs: int) -> str:
             + (f", {trained:,} of them trained" if trained < total else ""),
             f"optimizer state: {' + '.join(f'{key} {count:,}' for key, count in state.items())}"
             f" = {state.total():,} numbers, {state.total() / total:.2f} a parameter",
+            *memory.describe(config, model, n_procs),
             *([ds_config.describe(config, n_procs)] if config.engine.kind == "zero" else []),
         ]
     )
+
+
+def table(config: Config, n_procs: Sequence[int]) -> str:
+    """Return a Markdown table of memory by rule, placement and number of processes, all else as configured.
+
+    A step has one micro-batch of a row; `seeded` draws random bases. A rule that the configuration does not
+    suit is left out. Raises ConfigError if the configuration itself cannot work.
+    """
+    if found := problems(_one_micro_batch(config, n_procs[0]), n_procs[0]):
+        raise ConfigError(found)
+    header = ["GiB", *(f"{n}: {column}" for n in n_procs for column in memory.COLUMNS)]
+    rows = [header, ["---", *["---:"] * (len(header) - 1)]]
+    for rule, placement in VARIANTS:
+        subspace = "random" if placement == "seeded" else config.optim.subspace
+        optim = replace(config.optim, rule=rule, placement=placement, subspace=subspace)
+        row = [f"{rule} {placement}" if rule in groups.PROJECTED else rule]
+        for n in n_procs:
+            point = _one_micro_batch(replace(config, optim=optim), n)
+            if not problems(point, n):
+                row += memory.row(point, llama.configured(point), n)
+        if len(row) == len(header):
+            rows.append(row)
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _one_micro_batch(config: Config, n_procs: int) -> Config:
+    return replace(config, train=replace(config.train, micro_batch=1, global_batch=n_procs))
 
 
 def flops_per_token(config: Config) -> float:
