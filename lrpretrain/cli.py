@@ -12,7 +12,7 @@ from pathlib import Path
 
 from lrpretrain import __version__
 from lrpretrain.config import Config, DataConfig
-from lrpretrain.errors import ConfigError, DataError, LrpretrainError
+from lrpretrain.errors import ConfigError, DamageError, DataError, LrpretrainError
 
 MODEL = "a checkpoint, a run folder for its newest one, or a model in the Hugging Face format"
 
@@ -187,6 +187,24 @@ def generate(args: argparse.Namespace) -> None:
     print(ids.decode(written[0].tolist()))
 
 
+def inspect(args: argparse.Namespace) -> None:
+    """Print what is in a checkpoint, and compare its files with what was written."""
+    from lrpretrain.artifacts import checkpoint, report
+    from lrpretrain.sharding.procs import Procs
+
+    path = checkpoint.newest(args.checkpoint)
+    wrong = checkpoint.verify(path, Procs())
+    files = checkpoint.read_manifest(path)["files"]
+    if wrong.keys().isdisjoint(("run.json", checkpoint.INDEX)):
+        print(report.describe(path))
+    if wrong:
+        what = "; ".join(f"{name} {what}" for name, what in sorted(wrong.items()))
+        remedy = "A run that goes on from here takes the checkpoint before it"
+        raise DamageError(f"{path} is damaged: {len(wrong)} of {len(files)} files: {what}. {remedy}.")
+    size = sum(file["bytes"] for file in files.values())
+    print(f"all {len(files)} files ({size:,} bytes) are as they were written")
+
+
 def export(args: argparse.Namespace) -> None:
     """Write a trained model in the Hugging Face format."""
     import torch
@@ -254,6 +272,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_tokenize(tools)
     _add_download(tools)
     _add_generate(tools)
+    _add_inspect(tools)
     _add_export(tools)
     _add_eval(tools)
     return parser
@@ -384,6 +403,12 @@ def _add_generate(tools) -> None:  # type: ignore[no-untyped-def]
     seed = "of the sampling, where the temperature is above 0 (default: %(default)s)"
     tool.add_argument("--seed", type=int, default=0, help=seed)
     tool.add_argument("--tokenizer", help="a .model file or a tokenizer of the hub (default: the run's own)")
+
+
+def _add_inspect(tools) -> None:  # type: ignore[no-untyped-def]
+    tool = _add(tools, "inspect", inspect, "print what is in a checkpoint, and verify its files")
+    which = "a checkpoint, or a run folder for its newest one"
+    tool.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help=which)
 
 
 def _add_export(tools) -> None:  # type: ignore[no-untyped-def]

@@ -163,6 +163,12 @@ class TrainConfig:
     """Steps between two checkpoints; there is one at the end as well. 0: only that one."""
     keep_checkpoints: int = 3
     """How many of the newest checkpoints are kept. 0: all."""
+    keep_every: int = 0
+    """Checkpoints at multiples of this many steps, a multiple of train.save_every, are never removed.
+    0: none."""
+    async_save: bool = True
+    """Wait only for a copy of the state to host memory, which is kept for the next save, and write the files
+    beside the training."""
     schedule: Literal["linear", "cosine", "wsd", "cosine_restart"] = "cosine"
     """Shape of the learning rate after the warm-up."""
     warmup_steps: int = 1000
@@ -241,7 +247,7 @@ class RunConfig:
     dir: str = "runs/default"
     """The run folder."""
     resume: str = "auto"
-    """auto: from the newest complete checkpoint of run.dir, if any; never; or a checkpoint's path."""
+    """auto: from the newest intact checkpoint of run.dir, if any; never; or a checkpoint's path."""
 
 
 @dataclass

@@ -58,6 +58,10 @@ class CheckpointError(LrpretrainError, ValueError):
     exit_code = 4
 
 
+class DamageError(CheckpointError):
+    """A checkpoint whose files are not as they were written."""
+
+
 class UnsoundError(LrpretrainError, ArithmeticError):
     """A loss or gradient that is not finite, or a loss that is a spike."""
 

@@ -28,6 +28,7 @@ from lrpretrain.engine import build_engine
 from lrpretrain.engine.device import env_procs, join, pick_device, unusable_gpu
 from lrpretrain.errors import EXIT_STOPPED, CheckpointError, ConfigError, LrpretrainError, Problem
 from lrpretrain.model import llama
+from lrpretrain.sharding.procs import Procs
 from lrpretrain.train import plan
 from lrpretrain.train.evaluate import Evaluator
 from lrpretrain.train.guard import Guard, launch_id, restarted_after_stop
@@ -61,21 +62,14 @@ def pretrain(config: Config) -> int:
     status = run_dir.read_status()
     if restarted_after_stop(status):
         return EXIT_STOPPED
-    start = _start(config, run_dir)
+    starts = _starts(config, run_dir)
     proc = env_procs()[0]
-    own = start if start is not None and start.parent == run_dir.checkpoints else None
-    if own is not None and checkpoint.read_manifest(own)["step"] >= config.train.steps:
-        if proc == 0:
-            say(f"This run is complete: {own}")
-            say(summary(run_dir))
-            say("To start another, give another --run.dir; to train this one on, raise --train.steps.")
-        return 0
-    run_dir.create(fresh=start is None and config.run.resume == "never")
+    run_dir.create(fresh=config.run.resume == "never")
     progress = Progress()
     try:
         tokenizer = open_tokenizer(config, llama.load_config(config.model).vocab_size)
         with Guard() as guard:
-            code = _run(config, run_dir, tokenizer, pick_device(), guard, start, progress)
+            code = _run(config, run_dir, tokenizer, pick_device(), guard, starts, progress)
     except BaseException as error:
         if proc == 0:
             code = error.exit_code if isinstance(error, LrpretrainError) else 1
@@ -93,12 +87,15 @@ def pretrain(config: Config) -> int:
     return code
 
 
-def _start(config: Config, run_dir: RunDir) -> Path | None:
-    """Return the checkpoint to go on from, or None. Raises CheckpointError for a path that is none."""
+def _starts(config: Config, run_dir: RunDir) -> list[Path]:
+    """Return the checkpoints to go on from, the newest first: from the first of them that is intact.
+
+    Raises CheckpointError for a path that is none.
+    """
     if config.run.resume == "never":
-        return None
+        return []
     if config.run.resume == "auto":
-        return next(iter(checkpoint.complete(run_dir.checkpoints)), None)
+        return checkpoint.complete(run_dir.checkpoints)
     path = Path(config.run.resume)
     checkpoint.read_manifest(path)
     newest = next(iter(checkpoint.complete(run_dir.checkpoints)), path)
@@ -106,7 +103,30 @@ def _start(config: Config, run_dir: RunDir) -> Path | None:
         reason = f"run.dir goes on to {newest.name}, which would be lost"
         remedy = "Give another run.dir to go on from here, or remove the later checkpoints"
         raise ConfigError([Problem("run.resume", config.run.resume, reason, remedy)])
-    return path
+    return [path]
+
+
+def _intact(starts: Sequence[Path], run_dir: RunDir, procs: Procs) -> Path | None:
+    """Return the first of the checkpoints that is intact, and say what is wrong with those before it.
+
+    None where there are none. Raises CheckpointError on all processes if all are damaged, or if the
+    processes do not see the same newest one.
+    """
+    seen = procs.gather([str(path) for path in starts])
+    if len({tuple(paths[:1]) for paths in seen}) > 1:
+        newest = [paths[0] if paths else None for paths in seen]
+        where = "; ".join(f"process {proc}: {path}" for proc, path in enumerate(newest))
+        raise CheckpointError(
+            f"the processes see different checkpoints ({where}). Let all nodes share run.dir."
+        )
+    start, wrong = checkpoint.find_intact([Path(path) for path in seen[0]], procs)
+    if procs.is_first:
+        for path in checkpoint.incomplete(run_dir.checkpoints):
+            if start is None or checkpoint.step_of(path) > checkpoint.step_of(start):
+                say(f"{path} holds no manifest.json: it is of a save that did not end, and is passed over.")
+        for damage in wrong:
+            say(f"{damage} Going back to {start}.")
+    return start
 
 
 def _run(
@@ -115,16 +135,18 @@ def _run(
     tokenizer: Tokenizer,
     device: torch.device,
     guard: Guard,
-    start: Path | None,
+    starts: Sequence[Path],
     progress: Progress,
 ) -> int:
     procs = join(device, config.engine.timeout_s)
-    seen = procs.gather(None if start is None else str(start))
-    if len(set(seen)) > 1:
-        where = "; ".join(f"process {proc}: {path}" for proc, path in enumerate(seen))
-        raise CheckpointError(
-            f"the processes see different checkpoints ({where}). Let all nodes share run.dir."
-        )
+    start = _intact(starts, run_dir, procs)
+    if start is not None and start.parent == run_dir.checkpoints:
+        progress.step = checkpoint.step_of(start)
+        if progress.step >= config.train.steps:
+            if procs.is_first:
+                say(f"This run is complete: {start}")
+                say("To start another, give another --run.dir; to train this one on, raise --train.steps.")
+            return 0
     if procs.is_first:
         for line in (unusable_gpu(), *plan.describe(config, procs.n_procs).splitlines()):
             if line is not None:

@@ -15,11 +15,12 @@ import torch
 from lrpretrain.artifacts import checkpoint
 from lrpretrain.artifacts.metrics import Metrics, say
 from lrpretrain.artifacts.rundir import RunDir
+from lrpretrain.artifacts.saver import Saver
 from lrpretrain.config import Config
 from lrpretrain.data.loader import Batch, Loader
 from lrpretrain.data.tokenizer import Tokenizer
 from lrpretrain.engine import Engine, Step
-from lrpretrain.errors import EXIT_STOPPED, ConfigError, DataError, Problem, UnsoundError
+from lrpretrain.errors import EXIT_STOPPED, ConfigError, DataError, LrpretrainError, Problem, UnsoundError
 from lrpretrain.sharding.procs import Procs
 from lrpretrain.train.evaluate import Evaluator, continue_prompt, split
 from lrpretrain.train.guard import Guard
@@ -30,11 +31,10 @@ from lrpretrain.train.schedule import lr_ratio
 
 @dataclass
 class Progress:
-    """How far a run is: optimizer steps done, non-pad tokens seen, and the step of its last checkpoint."""
+    """How far a run is: optimizer steps done, and non-pad tokens seen."""
 
     step: int = 0
     tokens: int = 0
-    saved: int | None = None
     skipped: int = 0
     """Steps that were not sound and changed nothing, of those that were done."""
     skipped_in_a_row: int = 0
@@ -58,24 +58,28 @@ class Trainer:
     progress: Progress = field(default_factory=Progress)
 
     def __post_init__(self) -> None:
-        train = self.config.train
+        train, folder = self.config.train, self.run_dir.checkpoints
         losses = self.progress.losses
         self._judge = Judge(train.spike_window, train.spike_sigmas, self.engine.device, losses)
         self._unseen: tuple[int, Step] | None = None  # a step, and its number, of which the host knows no end
+        keep = train.keep_checkpoints, train.keep_every
+        self._saver = Saver(folder, self.procs, *keep, train.async_save, saved=self.progress.step)
 
     def train(self) -> int:
         """Train to the last step; return the exit code: 0, or 75 when a signal stopped it, checkpoint saved.
 
         Raises DataError where the data ends early or breaks, and UnsoundError after a step that was not sound
-        and changed nothing; with a checkpoint saved.
+        and changed nothing, with a checkpoint saved; and CheckpointError where that, or the last one of the
+        run, cannot be written.
         """
         steps = self.config.train.profile_steps if self.procs.is_first else 0
         try:
             with recorder(self.run_dir.path / "profile", self.config.train.profile_from, steps) as record:
                 return self._train(record)
-        except (DataError, UnsoundError):
-            if self.progress.step not in (0, self.progress.saved):
-                self.save()
+        except LrpretrainError as error:  # which all processes meet together
+            self._saver.wait()
+            if isinstance(error, DataError | UnsoundError) and self.progress.step != self._saver.saved:
+                self.save(last=True)
             raise
 
     def _train(self, record: Callable[[int], None]) -> int:
@@ -102,13 +106,16 @@ class Trainer:
                 }
                 self._log(values | (self._evaluate() if evaluates else {}))
             if saves:
-                self.save()
+                self.save(last=stops or last)
             if stops:
                 return EXIT_STOPPED
         return 0
 
-    def save(self) -> Path:
-        """Write a checkpoint of this step, and remove the oldest beyond train.keep_checkpoints."""
+    def save(self, *, last: bool = False) -> None:
+        """Begin to write a checkpoint of this step; the `last` one of a process is written on return.
+
+        Raises CheckpointError if the last one cannot be written; others that cannot are reported only.
+        """
         began = time.perf_counter()
         run = {
             "step": self.progress.step,
@@ -121,15 +128,11 @@ class Trainer:
             "config": asdict(self.config),
             "tokenizer": self.tokenizer.identity,
         }
-        path = checkpoint.save(self.run_dir.checkpoints, self.engine.pieces(), run, self.procs)
-        self.progress.saved = self.progress.step
+        self._saver.save(self.engine.pieces(), run, last=last)
         if self.procs.is_first:
-            checkpoint.keep_newest(self.run_dir.checkpoints, self.config.train.keep_checkpoints)
             self.run_dir.write_status("running", self.progress.step)
-            say(f"saved {path} in {time.perf_counter() - began:.1f} s")
         if self.metrics is not None:
             self.metrics.pause(time.perf_counter() - began)
-        return path
 
     def _next_batch(self) -> Batch:
         """Return the next global batch; agree on stopping by its flags."""
@@ -198,7 +201,7 @@ class Trainer:
         prompt = self.config.train.prompt if "valid/loss" in values else None
         began = time.perf_counter()
         text = None if prompt is None else continue_prompt(self.engine, self.tokenizer, prompt)
-        values |= self.engine.optimizer.pop_metrics(self.procs)
+        values |= self.engine.optimizer.pop_metrics(self.procs) | self._saver.pop_metrics()
         if self.metrics is not None:
             self.metrics.pause(time.perf_counter() - began)
             values["mem/optim_gib"] = self.engine.optimizer_bytes() / 2**30
@@ -225,9 +228,9 @@ IDENTITY = (
 def resume(
     path: Path, engine: Engine, config: Config, procs: Procs, tokenizer: Tokenizer
 ) -> tuple[Progress, dict[str, Any]]:
-    """Read a checkpoint into the engine; return the progress and the data's position.
+    """Read a checkpoint that was checked into the engine; return the progress and the data's position.
 
-    Raises CheckpointError for one that is damaged or of another model, ConfigError for one whose run was
+    Raises CheckpointError for one of another model, ConfigError for one whose run was
     configured otherwise in what cannot change on the way.
     """
     run = checkpoint.read_run(path)
@@ -241,15 +244,15 @@ def resume(
             problems.append(Problem(key, now, f"the checkpoint {path} was written with {then!r}", remedy))
     if problems:
         raise ConfigError(problems)
-    checkpoint.load(path, engine.pieces(), procs)
+    checkpoint.load(path, engine.pieces(), procs, checked=True)
     engine.publish()
     if run["step"] >= config.train.steps:
         reason = f"{path} is at step {run['step']} already"
         raise ConfigError([Problem("train.steps", config.train.steps, reason, "Raise it")])
     torch.set_rng_state(torch.frombuffer(bytearray(base64.b64decode(run["random"])), dtype=torch.uint8))
-    progress = Progress(saved=run["step"])
+    progress = Progress()
     for key in ("step", "tokens", "skipped", "skipped_in_a_row", "losses"):
-        setattr(progress, key, run.get(key, getattr(progress, key)))  # older checkpoints know fewer
+        setattr(progress, key, run[key])
     return progress, run["data"]
 
 

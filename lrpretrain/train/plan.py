@@ -77,13 +77,19 @@ def check(config: Config, n_procs: int) -> list[Problem | str]:
         section, name = key.split(".")
         refuse(getattr(getattr(config, section), name) < 1, key, "must be at least 1", "Raise it")
     for key in [
-        *"train.eval_every train.save_every train.keep_checkpoints train.warmup_steps".split(),
-        *"train.restart_warmup_steps train.profile_steps model.loss_chunk engine.prefetch_blocks".split(),
-        *"train.max_skipped train.spike_sigmas".split(),
+        *"train.eval_every train.save_every train.keep_checkpoints train.keep_every".split(),
+        *"train.warmup_steps train.restart_warmup_steps train.profile_steps".split(),
+        *"model.loss_chunk engine.prefetch_blocks train.max_skipped train.spike_sigmas".split(),
     ]:
         section, name = key.split(".")
         refuse(getattr(getattr(config, section), name) < 0, key, "must not be negative", "0 turns it off")
     refuse(train.spike_window < 2, "train.spike_window", "has no deviation", "Raise it to 2 or more")
+    refuse(
+        train.keep_every > 0 and (not train.save_every or train.keep_every % train.save_every != 0),
+        "train.keep_every",
+        f"is no multiple of train.save_every={train.save_every}",
+        "Use a multiple, of a train.save_every above 0",
+    )
     refuse(train.profile_from < 0, "train.profile_from", "must not be negative", "0 records the first steps")
     refuse(
         train.profile_steps > 0 and train.profile_from >= train.steps,
