@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
@@ -12,6 +13,7 @@ from lrpretrain.artifacts.metrics import perplexity
 from lrpretrain.data.loader import Loader
 from lrpretrain.data.tokenizer import Tokenizer
 from lrpretrain.engine import Engine
+from lrpretrain.errors import Stopped
 
 SAMPLE_TOKENS = 24
 
@@ -29,13 +31,17 @@ class Evaluator:
         self._rows: list[npt.NDArray[np.integer]] | None = None
         self._targets = 0
 
-    def evaluate(self, engine: Engine) -> dict[str, float]:
-        """Return the token-weighted mean loss (nats), perplexity and seconds. All processes must call it."""
+    def evaluate(self, engine: Engine, flag: Callable[[], int] = int) -> dict[str, float]:
+        """Return the token-weighted mean loss (nats), perplexity and seconds. All processes must call it.
+
+        Raises Stopped on all of them at the first global batch at which the `flag` of one is not 0.
+        """
         began = time.perf_counter()
         if self._rows is None:
-            self._read()
+            self._read(flag)
         total = torch.zeros((), dtype=torch.float64, device=engine.device)
         for rows in self._rows or []:
+            engine.procs.agree(flag())
             for ids in split(rows, self._micro_batch):
                 total += engine.loss_sum(ids)
         loss = float(engine.total(total)) / self._targets
@@ -47,9 +53,11 @@ class Evaluator:
             "perf/eval_s": seconds,
         }
 
-    def _read(self) -> None:
+    def _read(self, flag: Callable[[], int]) -> None:
         self._rows, tokens = [], 0
-        while tokens < self._budget and (batch := self._loader.next()) is not None:
+        while tokens < self._budget and (batch := self._loader.next(flag)) is not None:
+            if batch.flag:
+                raise Stopped(batch.flag)
             self._rows.append(batch.ids.astype(np.int32))
             self._targets += batch.targets
             tokens += batch.tokens

@@ -19,7 +19,7 @@ from lrpretrain.config import Config
 from lrpretrain.data.loader import Batch, Loader
 from lrpretrain.data.tokenizer import Tokenizer
 from lrpretrain.engine import Engine, Step
-from lrpretrain.errors import EXIT_STOPPED, ConfigError, DataError, NonFiniteError, Problem
+from lrpretrain.errors import ConfigError, DataError, NonFiniteError, Problem, Stopped
 from lrpretrain.sharding.procs import Procs
 from lrpretrain.train.evaluate import Evaluator, continue_prompt, split
 from lrpretrain.train.guard import Guard
@@ -29,11 +29,13 @@ from lrpretrain.train.schedule import lr_ratio
 
 @dataclass
 class Progress:
-    """How far a run is: optimizer steps done, non-pad tokens seen, and the step of its last checkpoint."""
+    """How far a run is: optimizer steps done, non-pad tokens seen, the step of its last checkpoint, and
+    whether the evaluation at this step is still to be done."""
 
     step: int = 0
     tokens: int = 0
     saved: int | None = None
+    owes_evaluation: bool = True
 
 
 @dataclass
@@ -51,44 +53,48 @@ class Trainer:
     guard: Guard
     progress: Progress = field(default_factory=Progress)
 
-    def train(self) -> int:
-        """Train to the last step; return the exit code: 0, or 75 when a signal stopped it, checkpoint saved.
+    def train(self) -> None:
+        """Train to the last step.
 
-        Raises DataError where the data ends early or breaks, with a checkpoint saved, and NonFiniteError
-        before a gradient that is not finite could touch anything.
+        Raises Stopped where the guard of a process asked for that, and DataError where the data ends early
+        or breaks, both with a checkpoint saved, and NonFiniteError before a gradient that is not finite could
+        touch anything.
         """
         steps = self.config.train.profile_steps if self.procs.is_first else 0
         try:
             with recorder(self.run_dir.path / "profile", self.config.train.profile_from, steps) as record:
-                return self._train(record)
-        except DataError:
+                self._train(record)
+        except (DataError, Stopped):
             if self.progress.step not in (0, self.progress.saved):
                 self.save()
             raise
 
-    def _train(self, record: Callable[[int], None]) -> int:
+    def _train(self, record: Callable[[int], None]) -> None:
         train, progress = self.config.train, self.progress
-        if progress.step == 0 and self.evaluator is not None:
+        if self.evaluator is not None and progress.owes_evaluation:
             self._log(self._evaluate())
         while progress.step < train.steps:
             batch = self._next_batch()
             step = self._step(batch)
             record(progress.step)
             last = progress.step == train.steps
-            stops = bool(batch.flags) and not last
-            evaluates = train.eval_every > 0 and not stops and (last or progress.step % train.eval_every == 0)
+            stops = bool(batch.flag) and not last
+            due = last or (train.eval_every > 0 and progress.step % train.eval_every == 0)
+            progress.owes_evaluation = due and self.evaluator is not None
+            evaluates = progress.owes_evaluation and not stops
             if evaluates or stops or last or progress.step % train.log_every == 0:
                 values = {
                     "train/loss": float(self.engine.total(step.loss_sum)) / max(batch.targets, 1),
                     "train/lr": self.config.optim.lr * lr_ratio(progress.step - 1, train),
                     "train/grad_norm": step.grad_norm,
                 }
-                self._log(values | (self._evaluate() if evaluates else {}))
-            if stops or last or (train.save_every and progress.step % train.save_every == 0):
-                self.save()
+                self._log(values | (self._evaluate(values) if evaluates else {}))
             if stops:
-                return EXIT_STOPPED
-        return 0
+                raise Stopped(batch.flag)
+            if last or (train.save_every and progress.step % train.save_every == 0):
+                self.save()
+                if not last:
+                    self.procs.agree(self.guard.flag())  # or the next step would save again
 
     def save(self) -> Path:
         """Write a checkpoint of this step, and remove the oldest beyond train.keep_checkpoints."""
@@ -96,6 +102,7 @@ class Trainer:
         run = {
             "step": self.progress.step,
             "tokens": self.progress.tokens,
+            "owes_evaluation": self.progress.owes_evaluation,
             "data": self.loader.state_dict(),
             "random": base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode(),
             "config": asdict(self.config),
@@ -103,6 +110,7 @@ class Trainer:
         }
         path = checkpoint.save(self.run_dir.checkpoints, self.engine.pieces(), run, self.procs)
         self.progress.saved = self.progress.step
+        self.guard.saved(time.perf_counter() - began)
         if self.procs.is_first:
             checkpoint.keep_newest(self.run_dir.checkpoints, self.config.train.keep_checkpoints)
             self.run_dir.write_status("running", self.progress.step)
@@ -112,8 +120,8 @@ class Trainer:
         return path
 
     def _next_batch(self) -> Batch:
-        """Return the next global batch; agree on stopping by its flags."""
-        batch = self.loader.next(flags=int(self.guard.wants_stop))
+        """Return the next global batch; agree on stopping by its flag."""
+        batch = self.loader.next(self.guard.flag)
         if batch is None:
             raise DataError(
                 f"the data ended after {self.progress.step} of {self.config.train.steps} steps"
@@ -142,9 +150,16 @@ class Trainer:
             self.metrics.count(batch.tokens, self.loader.wait_ms, step.update_ms)
         return step
 
-    def _evaluate(self) -> dict[str, float]:
+    def _evaluate(self, trained: dict[str, float] | None = None) -> dict[str, float]:
+        """Return what was measured. Stopped on the way, log what was `trained`."""
         assert self.evaluator is not None
-        values = self.evaluator.evaluate(self.engine)
+        try:
+            values = self.evaluator.evaluate(self.engine, self.guard.flag)
+        except Stopped:
+            if trained is not None:
+                self._log(trained)
+            raise
+        self.progress.owes_evaluation = False
         if self.metrics is not None:
             self.metrics.pause(values["perf/eval_s"])
         return values
@@ -198,11 +213,12 @@ def resume(
         raise ConfigError(problems)
     checkpoint.load(path, engine.pieces(), procs)
     engine.publish()
-    if run["step"] >= config.train.steps:
+    owes_evaluation = run.get("owes_evaluation", False)
+    if run["step"] >= config.train.steps and not owes_evaluation:
         reason = f"{path} is at step {run['step']} already"
         raise ConfigError([Problem("train.steps", config.train.steps, reason, "Raise it")])
     torch.set_rng_state(torch.frombuffer(bytearray(base64.b64decode(run["random"])), dtype=torch.uint8))
-    return Progress(run["step"], run["tokens"], run["step"]), run["data"]
+    return Progress(run["step"], run["tokens"], run["step"], owes_evaluation), run["data"]
 
 
 def check_tokenizer(

@@ -277,7 +277,7 @@ def test_rows_travel_only_where_a_reader_has_too_many(data):
 def test_flags_are_agreed_on(data):
     def run(procs):
         loader = make(procs, FEW, data, epochs=None)
-        flags = [loader.next(flags).flags for flags in (0, 3 * procs.proc, 0)]
+        flags = [loader.next(lambda flag=flag: flag).flag for flag in (0, 3 * procs.proc, 0)]
         assert loader.wait_ms >= 0
         loader.close()
         return flags
