@@ -12,7 +12,9 @@ import sys
 import time
 import traceback
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -75,65 +77,70 @@ def pretrain(config: Config, guard: Guard) -> int:
         return EXIT_STOPPED
     start = _start(config, run_dir)
     proc = env_procs()[0]
-    own = start if start is not None and start.parent == run_dir.checkpoints else None
-    if (
-        own is not None
-        and checkpoint.read_manifest(own)["step"] >= config.train.steps
-        and not checkpoint.read_run(own).get("owes_evaluation")
-    ):
+    if start is not None and start.parent == run_dir.checkpoints and _is_complete(start, config):
         if proc == 0:
-            say(f"This run is complete: {own}")
+            say(f"This run is complete: {start}")
             say(summary(run_dir))
             say("To start another, give another --run.dir; to train this one on, raise --train.steps.")
         return 0
     run_dir.create(fresh=start is None and config.run.resume == "never")
-    progress = Progress()
-
-    def record(state: str, why: str, code: int) -> None:
-        step = progress.step or status.get("step", 0)  # what came to nothing does not undo the run
-        run_dir.write_status(state, step, why, code, launch_id=launch_id())
-
-    def leave(flag: int) -> None:
-        """Stop before there are processes to agree with.
-
-        Of several processes none records that: a launcher also ends them because another one has failed.
-        """
-        if "RANK" not in os.environ:
-            record("stopped", reason(flag), EXIT_STOPPED)
-        os._exit(EXIT_STOPPED)
-
-    def follow(dead: int) -> None:
-        """Say what this process ends for, unless process 0 has said so before it died."""
-        now = run_dir.read_status()
-        if now == status or now.get("state") == "running":
-            record("failed", f"process {dead} died", 1)
-            print(f"lrpretrain: process {dead} died, see its output; the others end too", file=sys.stderr)
-
+    ending = _Ending(run_dir, status, Progress())
     if config.run.time_limit_s is not None:
         guard.limit(config.run.time_limit_s)
-    guard.leave = leave
+    guard.leave = ending.leave
     try:
         tokenizer = open_tokenizer(config, llama.load_config(config.model).vocab_size)
         device = pick_device()
         procs = join(device, config.engine.timeout_s)
         guard.leave = None
-        with Peers(procs, follow):
-            _run(config, run_dir, tokenizer, device, procs, guard, start, progress)
+        with Peers(procs, ending.follow):
+            _run(config, run_dir, tokenizer, device, procs, guard, start, ending.progress)
     except Stopped as stopped:
         if proc == 0:
-            why, kept = reason(stopped.flag), "checkpoint saved" if progress.step else "nothing to save"
-            record("stopped", why, EXIT_STOPPED)
-            say(f"stopped by {why} at step {progress.step}, {kept}; start again to go on")
+            why, step = reason(stopped.flag), ending.progress.step
+            ending.record("stopped", why, EXIT_STOPPED)
+            kept = "checkpoint saved" if step else "nothing to save"
+            say(f"stopped by {why} at step {step}, {kept}; start again to go on")
         return EXIT_STOPPED
     except BaseException as error:
         if proc == 0 or not dist.is_initialized():
             code = error.exit_code if isinstance(error, LrpretrainError) else 1
-            record("failed", f"{type(error).__name__}: {error}", code)
+            ending.record("failed", f"{type(error).__name__}: {error}", code)
         raise
     if proc == 0:
-        record("finished", "", 0)
+        ending.record("finished", "", 0)
         say(summary(run_dir))
     return 0
+
+
+@dataclass
+class _Ending:
+    """What is left in status.json, which said `before` when this process started."""
+
+    run_dir: RunDir
+    before: dict[str, Any]
+    progress: Progress
+
+    def record(self, state: str, why: str, code: int) -> None:
+        """Write the last word."""
+        step = self.progress.step or self.before.get("step", 0)  # what came to nothing does not undo the run
+        self.run_dir.write_status(state, step, why, code, launch_id=launch_id())
+
+    def leave(self, flag: int) -> None:
+        """Stop before there are processes to agree with.
+
+        Of several processes none records that: a launcher also ends them because another one has failed.
+        """
+        if "RANK" not in os.environ:
+            self.record("stopped", reason(flag), EXIT_STOPPED)
+        os._exit(EXIT_STOPPED)
+
+    def follow(self, dead: int) -> None:
+        """Say what this process ends for, unless process 0 has said so before it died."""
+        now = self.run_dir.read_status()
+        if now == self.before or now.get("state") == "running":
+            self.record("failed", f"process {dead} died", 1)
+            print(f"lrpretrain: process {dead} died, see its output; the others end too", file=sys.stderr)
 
 
 def _start(config: Config, run_dir: RunDir) -> Path | None:
@@ -150,6 +157,12 @@ def _start(config: Config, run_dir: RunDir) -> Path | None:
         remedy = "Give another run.dir to go on from here, or remove the later checkpoints"
         raise ConfigError([Problem("run.resume", config.run.resume, reason, remedy)])
     return path
+
+
+def _is_complete(path: Path, config: Config) -> bool:
+    """Say whether a checkpoint is of the last step, and that was evaluated."""
+    at_end = bool(checkpoint.read_manifest(path)["step"] >= config.train.steps)
+    return at_end and not checkpoint.read_run(path).get("owes_evaluation")
 
 
 def _run(
