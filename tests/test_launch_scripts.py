@@ -140,7 +140,11 @@ def test_torchrun_restarts_after_a_death_and_not_after_a_stop(bench):
     said = []
 
     def read_until(marker):
-        said.append(next(line for line in process.stdout if marker in line))
+        for line in process.stdout:
+            said.append(line)
+            if marker in line:
+                return
+        raise AssertionError(f"{marker} did not come\n" + "".join(said))
 
     try:
         read_until("step 000012/")
