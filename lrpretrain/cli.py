@@ -401,9 +401,9 @@ def _add_compare(tools) -> None:  # type: ignore[no-untyped-def]
     tool.add_argument(
         "--rules", type=lambda text: text.split(","), default=default, help=rules, metavar="X,X"
     )
-    lrs = "learning rates; the first seed chooses one for each rule (default: 0.003,0.01,0.03)"
+    lrs = "values of optim.lr; the lowest seed chooses one for each rule (default: 0.003,0.01,0.03)"
     tool.add_argument("--lrs", type=_numbers, default=[0.003, 0.01, 0.03], help=lrs, metavar="X,X")
-    seeds = "seeds of the best learning rate, the lowest of them of all (default: 0,1)"
+    seeds = "values of train.seed; the lowest for every learning rate, all for the best one (default: 0,1)"
     tool.add_argument("--seeds", type=_seeds, default=[0, 1], help=seeds, metavar="N,N")
     procs = "processes of a run (default: one for each GPU, or 1 on a CPU; 1 for engine.kind=local)"
     tool.add_argument("--procs", type=_count, help=procs)
