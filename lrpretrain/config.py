@@ -248,6 +248,10 @@ class RunConfig:
     """The run folder."""
     resume: str = "auto"
     """auto: from the newest intact checkpoint of run.dir, if any; never; or a checkpoint's path."""
+    time_limit_s: float | None = None
+    """Seconds after the start of the process (or of its torchrun) by which the run has stopped with a
+    checkpoint, exit code 75. For that it leaves twice the time of the longest step and of the last save; or,
+    before the first save, 5 minutes, but at most a tenth of the limit."""
 
 
 @dataclass

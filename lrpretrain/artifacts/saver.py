@@ -37,6 +37,8 @@ class Saver:
     """False: the training waits for the files."""
     saved: int = 0
     """Step of the newest checkpoint."""
+    took_s: float = 0.0
+    """What the last save that succeeded took, all in all."""
     failures: int = 0
     error: CheckpointError | None = field(default=None, init=False)
     """Why the last save failed."""
@@ -84,8 +86,8 @@ class Saver:
         began, self.error = time.perf_counter(), None
         try:
             path = checkpoint.save(self.folder, pieces, run, self._procs)
-            self.saved = run["step"]
-            line = f"saved {path} in {time.perf_counter() - began:.1f} s"
+            self.saved, self.took_s = run["step"], time.perf_counter() - began
+            line = f"saved {path} in {self.took_s:.1f} s"
         except CheckpointError as error:
             self.error, self.failures = error, self.failures + 1
             line = f"no checkpoint of step {run['step']}: {error} The last one is of step {self.saved}."

@@ -13,6 +13,8 @@ import numpy.typing as npt
 import torch
 import torch.distributed as dist
 
+from lrpretrain.errors import Stopped
+
 Ints = npt.NDArray[np.int64]
 
 
@@ -52,6 +54,11 @@ class Procs:
     def max(self, values: npt.ArrayLike) -> Ints:
         """Return the largest of each entry of a vector of integers over the processes."""
         return self._reduce(values, dist.ReduceOp.MAX)
+
+    def agree(self, flag: int) -> None:
+        """Raise Stopped on all processes, with the largest flag, where one of them passes any but 0."""
+        if largest := int(self.max([flag])[0]):
+            raise Stopped(largest)
 
     def gather(self, thing: Any) -> list[Any]:
         """Return what each process passed, in the order of the processes, on all of them."""

@@ -20,7 +20,7 @@ from lrpretrain.config import Config
 from lrpretrain.data.loader import Batch, Loader
 from lrpretrain.data.tokenizer import Tokenizer
 from lrpretrain.engine import Engine, Step
-from lrpretrain.errors import EXIT_STOPPED, ConfigError, DataError, LrpretrainError, Problem, UnsoundError
+from lrpretrain.errors import ConfigError, DataError, LrpretrainError, Problem, Stopped, UnsoundError
 from lrpretrain.sharding.procs import Procs
 from lrpretrain.train.evaluate import Evaluator, continue_prompt, split
 from lrpretrain.train.guard import Guard
@@ -35,6 +35,8 @@ class Progress:
 
     step: int = 0
     tokens: int = 0
+    owes_evaluation: bool = True
+    """Whether the evaluation at this step is still to be done."""
     skipped: int = 0
     """Steps that were not sound and changed nothing, of those that were done."""
     skipped_in_a_row: int = 0
@@ -65,35 +67,38 @@ class Trainer:
         keep = train.keep_checkpoints, train.keep_every
         self._saver = Saver(folder, self.procs, *keep, train.async_save, saved=self.progress.step)
 
-    def train(self) -> int:
-        """Train to the last step; return the exit code: 0, or 75 when a signal stopped it, checkpoint saved.
+    def train(self) -> None:
+        """Train to the last step.
 
-        Raises DataError where the data ends early or breaks, and UnsoundError after a step that was not sound
-        and changed nothing, with a checkpoint saved; and CheckpointError where that, or the last one of the
-        run, cannot be written.
+        Raises Stopped where the guard of a process asked for that, DataError where the data ends early or
+        breaks, and UnsoundError after a step that was not sound and changed nothing, all with a checkpoint
+        saved; and CheckpointError where that, or the last one of the run, cannot be written.
         """
         steps = self.config.train.profile_steps if self.procs.is_first else 0
         try:
             with recorder(self.run_dir.path / "profile", self.config.train.profile_from, steps) as record:
-                return self._train(record)
+                self._train(record)
         except LrpretrainError as error:  # which all processes meet together
             self._saver.wait()
-            if isinstance(error, DataError | UnsoundError) and self.progress.step != self._saver.saved:
+            saves = isinstance(error, DataError | Stopped | UnsoundError)
+            if saves and self.progress.step != self._saver.saved:
                 self.save(last=True)
             raise
 
-    def _train(self, record: Callable[[int], None]) -> int:
+    def _train(self, record: Callable[[int], None]) -> None:
         train, progress = self.config.train, self.progress
-        if progress.step == 0 and self.evaluator is not None:
+        if self.evaluator is not None and progress.owes_evaluation:
             self._log(self._evaluate())
         while progress.step < train.steps:
             batch = self._next_batch()
             step = self._step(batch)
             record(progress.step)
             last = progress.step == train.steps
-            stops = bool(batch.flags) and not last
-            evaluates = train.eval_every > 0 and not stops and (last or progress.step % train.eval_every == 0)
-            saves = stops or last or (train.save_every > 0 and progress.step % train.save_every == 0)
+            stops = bool(batch.flag) and not last
+            due = last or (train.eval_every > 0 and progress.step % train.eval_every == 0)
+            progress.owes_evaluation = due and self.evaluator is not None
+            evaluates = progress.owes_evaluation and not stops
+            saves = last or (train.save_every > 0 and progress.step % train.save_every == 0)
             logs = evaluates or stops or last or progress.step % train.log_every == 0
             if saves or logs:
                 self._see()
@@ -104,12 +109,13 @@ class Trainer:
                     "train/grad_norm": step.grad_norm,
                     "train/skipped": progress.skipped,
                 }
-                self._log(values | (self._evaluate() if evaluates else {}))
-            if saves:
-                self.save(last=stops or last)
+                self._log(values | (self._evaluate(values) if evaluates else {}))
             if stops:
-                return EXIT_STOPPED
-        return 0
+                raise Stopped(batch.flag)
+            if saves:
+                self.save(last=last)
+                if not last:
+                    self.procs.agree(self.guard.flag())  # or the next step would save again
 
     def save(self, *, last: bool = False) -> None:
         """Begin to write a checkpoint of this step; the `last` one of a process is written on return.
@@ -123,20 +129,22 @@ class Trainer:
             "skipped": self.progress.skipped,
             "skipped_in_a_row": self.progress.skipped_in_a_row,
             "losses": self._judge.losses(),
+            "owes_evaluation": self.progress.owes_evaluation,
             "data": self.loader.state_dict(),
             "random": base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode(),
             "config": asdict(self.config),
             "tokenizer": self.tokenizer.identity,
         }
         self._saver.save(self.engine.pieces(), run, last=last)
+        self.guard.saved(self._saver.took_s)
         if self.procs.is_first:
             self.run_dir.write_status("running", self.progress.step)
         if self.metrics is not None:
             self.metrics.pause(time.perf_counter() - began)
 
     def _next_batch(self) -> Batch:
-        """Return the next global batch; agree on stopping by its flags."""
-        batch = self.loader.next(flags=int(self.guard.wants_stop))
+        """Return the next global batch; agree on stopping by its flag."""
+        batch = self.loader.next(self.guard.flag)
         if batch is None:
             raise DataError(
                 f"the data ended after {self.progress.step} of {self.config.train.steps} steps"
@@ -190,9 +198,16 @@ class Trainer:
             f"{said}; nothing was updated, and the checkpoint goes on with the next batch. {remedy}"
         )
 
-    def _evaluate(self) -> dict[str, float]:
+    def _evaluate(self, trained: dict[str, float] | None = None) -> dict[str, float]:
+        """Return what was measured. Stopped on the way, log what was `trained`."""
         assert self.evaluator is not None
-        values = self.evaluator.evaluate(self.engine)
+        try:
+            values = self.evaluator.evaluate(self.engine, self.guard.flag)
+        except Stopped:
+            if trained is not None:
+                self._log(trained)
+            raise
+        self.progress.owes_evaluation = False
         if self.metrics is not None:
             self.metrics.pause(values["perf/eval_s"])
         return values
@@ -246,12 +261,13 @@ def resume(
         raise ConfigError(problems)
     checkpoint.load(path, engine.pieces(), procs, checked=True)
     engine.publish()
-    if run["step"] >= config.train.steps:
+    owes_evaluation = run.get("owes_evaluation", False)
+    if run["step"] >= config.train.steps and not owes_evaluation:
         reason = f"{path} is at step {run['step']} already"
         raise ConfigError([Problem("train.steps", config.train.steps, reason, "Raise it")])
     torch.set_rng_state(torch.frombuffer(bytearray(base64.b64decode(run["random"])), dtype=torch.uint8))
     progress = Progress()
-    for key in ("step", "tokens", "skipped", "skipped_in_a_row", "losses"):
+    for key in vars(progress):
         setattr(progress, key, run[key])
     return progress, run["data"]
 

@@ -100,7 +100,7 @@ def check(config: Config, n_procs: int) -> list[Problem | str]:
     for key, rank in (("optim.attn_rank", optim.attn_rank), ("optim.mlp_rank", optim.mlp_rank)):
         refuse(rank is not None and rank < 1, key, "must be at least 1", "Raise it, or leave it out")
     positive = "optim.lr optim.lr_regular optim.eps optim.scale optim.adapter_alpha engine.timeout_s"
-    for key in [*positive.split(), "data.hub_patience_s"]:
+    for key in [*positive.split(), "data.hub_patience_s", "run.time_limit_s"]:
         section, name = key.split(".")
         number = getattr(getattr(config, section), name)
         fits = number is None or (number > 0 and math.isfinite(number))
