@@ -11,18 +11,20 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 from lrpretrain.artifacts.metrics import say
 from lrpretrain.artifacts.rundir import RunDir, write_atomically
-from lrpretrain.config import Config, parse, to_yaml
+from lrpretrain.config import Config, OptimConfig, RunConfig, to_yaml
 from lrpretrain.errors import EXIT_STOPPED, LrpretrainError, Problem
 from lrpretrain.report import Run, best, read, settings
 from lrpretrain.train import plan
 
 BASE = ["--config=llama_toy_galore"]  # without --config
-VARIED = {"optim.rule": "--rules", "optim.lr": "--lrs", "train.seed": "--seeds", "run.dir": "--out"}
+VARIED = {"optim.rule": "--rules", "optim.lr": "--lrs", "train.seed": "--seeds"}
+VARIED |= {"run.dir": "--out", "run.resume": "--out"}
 
 
 class StoppedError(LrpretrainError):
@@ -35,16 +37,16 @@ class Comparison:
     """Rules, learning rates and seeds to be compared by a configuration, in folders below `out`."""
 
     def __init__(
-        self, config: Config, rules: Sequence[str], lrs: Sequence[float], seeds: Sequence[int], out: Path
+        self, config: Config, rules: Sequence[Any], lrs: Sequence[float], seeds: Sequence[int], out: Path
     ):
         self.config, self.out = config, out
         self.rules, self.lrs, self.seeds = dict.fromkeys(rules), sorted(set(lrs)), sorted(set(seeds))
 
-    def of(self, rule: str, lr: float, seed: int) -> tuple[Config, list[Problem | str]]:
-        """Return the configuration of one run, with what is wrong with it."""
-        varied = {"optim.rule": rule, "optim.lr": lr, "train.seed": seed, "run.resume": "auto"}
-        varied["run.dir"] = self.out / f"{rule}_lr{lr:g}_seed{seed}"
-        return parse([f"--{key}={value}" for key, value in varied.items()], "lrpretrain compare", self.config)
+    def of(self, rule: Any, lr: float, seed: int) -> Config:
+        """Return the configuration of one run."""
+        config, folder = self.config, self.out / f"{rule}_lr{lr:g}_seed{seed}"
+        optim, train = replace(config.optim, rule=rule, lr=lr), replace(config.train, seed=seed)
+        return replace(config, optim=optim, train=train, run=RunConfig(str(folder)))
 
     def problems(self, n_procs: int) -> list[Problem | str]:
         """Return everything that cannot work in any of the runs, or in going on with those there are."""
@@ -52,11 +54,14 @@ class Comparison:
         if self.config.train.eval_every == 0:
             reason, remedy = "nothing would be compared", "Give the steps between two evaluations"
             found.append(Problem("train.eval_every", 0, reason, remedy))
-        for rule in self.rules:
-            for lr, seed in itertools.product(self.lrs, self.seeds):
-                config, wrong = self.of(rule, lr, seed)
-                wrong += plan.problems(config, n_procs) + _others(config, self.out)
-                found += [problem for problem in wrong if problem not in found]
+        known = get_args(get_type_hints(OptimConfig)["rule"])
+        remedy = f"Use some of {','.join(known)}"
+        found += [Problem("--rules", rule, "is no rule", remedy) for rule in self.rules if rule not in known]
+        rules = [rule for rule in self.rules if rule in known]
+        for choice in itertools.product(rules, self.lrs, self.seeds):
+            config = self.of(*choice)
+            wrong = plan.problems(config, n_procs) + _others(config, self.out)
+            found += [problem for problem in wrong if problem not in found]
         return found
 
     def train(self, n_procs: int) -> tuple[list[Run], list[str]]:
@@ -69,7 +74,7 @@ class Comparison:
         failed: list[str] = []
 
         def train(rule: str, lr: float, seed: int) -> Run:
-            run, wrong = _train(self.of(rule, lr, seed)[0], n_procs)
+            run, wrong = _train(self.of(rule, lr, seed), n_procs)
             runs.append(run)
             failed.extend(wrong)
             said = run.state if run.loss is None else f"validation loss {run.loss:.4f}"

@@ -279,7 +279,7 @@ def test_configurations_that_cannot_work(tmp_path, capsys):
     assert "--optim.rule is varied here. Use --rules." in err
     assert "train.eval_every=0: nothing would be compared" in err
     assert "optim.lr=0.0: must be a number above 0" in err
-    assert "optim.rule='muon': expected" in err
+    assert "--rules='muon': is no rule. Use some of adamw,galore" in err
     assert list(tmp_path.iterdir()) == []
     for option in ("--lrs", "--seeds"):
         with pytest.raises(SystemExit):
