@@ -105,13 +105,15 @@ def _others(config: Config, out: Path) -> list[Problem | str]:
 def _train(config: Config, n_procs: int) -> tuple[Run, list[str]]:
     """Train one run, unless it is finished or has diverged; return it, with what else went wrong."""
     folder, run_dir = Path(config.run.dir), RunDir(config.run.dir)
+    if (folder / "config.yaml").exists():
+        run = read(folder)
+        if run.finished or run.diverged:
+            return run, []
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / "config.yaml", to_yaml(config))
-    run = read(folder)
-    if run.finished or run.diverged:
-        return run, []
+    write_atomically(folder / "config.yaml", to_yaml(config))  # again: the folder may have been moved
     say(f"{folder}: training; what it prints is in {folder / 'output.log'}")
-    run_dir.write_status("running", run.status.get("step", 0))  # what is there afterwards is of this start
+    before = run_dir.read_status().get("step", 0)
+    run_dir.write_status("running", before)  # what is there afterwards is of this start
     stopped, code = launch(folder, n_procs)
     run = read(folder)
     if stopped or run.status.get("exit_code") == EXIT_STOPPED:
