@@ -247,7 +247,8 @@ class RunConfig:
     dir: str = "runs/default"
     """The run folder."""
     resume: str = "auto"
-    """auto: from the newest intact checkpoint of run.dir, if any; never; or a checkpoint's path."""
+    """auto: from the newest intact checkpoint of run.dir, if any; never; or the path of a checkpoint, such as
+    one of another run, from which this one starts; it goes on from its own once it has any."""
     time_limit_s: float | None = None
     """Seconds after the start of the process (or of its torchrun) by which the run has stopped with a
     checkpoint, exit code 75. For that it leaves twice the time of the longest step and of the last save; or,

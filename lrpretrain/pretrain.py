@@ -153,7 +153,7 @@ def _starts(config: Config, run_dir: RunDir) -> list[Path]:
         reason = f"run.dir goes on to {newest.name}, which would be lost"
         remedy = "Give another run.dir to go on from here, or remove the later checkpoints"
         raise ConfigError([Problem("run.resume", config.run.resume, reason, remedy)])
-    return [path]
+    return checkpoint.complete(run_dir.checkpoints) or [path]
 
 
 def _intact(starts: Sequence[Path], run_dir: RunDir, procs: Procs) -> Path | None:
@@ -182,7 +182,7 @@ def _intact(starts: Sequence[Path], run_dir: RunDir, procs: Procs) -> Path | Non
 def _is_complete(path: Path, config: Config) -> bool:
     """Say whether a checkpoint is of the last step, and that was evaluated."""
     at_end = bool(checkpoint.read_manifest(path)["step"] >= config.train.steps)
-    return at_end and not checkpoint.read_run(path).get("owes_evaluation")
+    return at_end and not checkpoint.read_run(path)["owes_evaluation"]
 
 
 def _run(

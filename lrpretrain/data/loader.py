@@ -29,7 +29,7 @@ from lrpretrain.data.sources import (
 )
 from lrpretrain.data.tokenizer import Tokenizer
 from lrpretrain.data.turns import Turns
-from lrpretrain.errors import ConfigError, DataError, Problem, Stopped
+from lrpretrain.errors import ConfigError, DataError, LrpretrainError, Problem, Stopped
 from lrpretrain.sharding.procs import Procs
 
 LOOK_S = 1.0
@@ -280,14 +280,14 @@ def together(procs: Procs, action: Callable[[], T]) -> T:
 
 
 def raise_together(procs: Procs, error: Exception | None) -> None:
-    """Raise this process's error, or DataError where another one has any; collective."""
+    """Raise DataError where a process has an error, or this process's own of ours; collective."""
     messages = [message for message in procs.gather(error and (str(error) or repr(error))) if message]
     if isinstance(error, OSError):  # a full disk, a file system that is gone
         raise DataError(f"{error}. Mend what keeps the data from being read, and start again.") from error
-    if error is not None:
+    if isinstance(error, LrpretrainError):
         raise error
     if messages:
-        raise DataError("\n".join(dict.fromkeys(messages)))
+        raise DataError("\n".join(dict.fromkeys(messages))) from error
 
 
 def _identity(source: Source, data: DataConfig, seed: int, procs: Procs) -> dict[str, Any]:
