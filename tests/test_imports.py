@@ -25,6 +25,8 @@ HEIGHTS = {
     "train": 3,
     "pretrain": 4,
     "bench": 4,
+    "compare": 4,
+    "report": 4,
     "doctor": 4,
     "cli": 4,
 }

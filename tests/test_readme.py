@@ -14,6 +14,7 @@ from test_recipes import processes
 from tiny import ROOT
 
 from lrpretrain import __version__, cli, config
+from lrpretrain.compare import BASE, Comparison
 from lrpretrain.train import plan
 
 README = (ROOT / "README.md").read_text()
@@ -65,7 +66,7 @@ def tool(line):
 def script(line):
     _, path, *options = shlex.split(line)
     assert subprocess.run(["bash", "-n", ROOT / path], check=True).returncode == 0
-    assert options == []
+    assert options == [] or (path, options) == ("launch/environment.sh", ["report"])  # an extra
 
 
 def exists(line):
@@ -95,6 +96,16 @@ def tabulated(line):
     assert f"{line}\n```\n\n| GiB |" in README
 
 
+def comparison(line):
+    """Read what a comparison gets, and check every run of it; test_compare.py runs some."""
+    known, rest = cli.build_parser().parse_known_args(shlex.split(line)[1:])
+    assert known.run is cli.compare
+    base = [] if "--config" in rest else BASE
+    read, problems = config.parse([*base, *rest])
+    compared = Comparison(read, known.rules, known.lrs, known.seeds, known.out)
+    assert [*problems, *compared.problems(known.procs or 1)] == []
+
+
 def evaluation(line):
     """Read what an evaluation gets; test_export.py runs some."""
     known, rest = cli.build_parser().parse_known_args(shlex.split(line)[1:])
@@ -112,6 +123,7 @@ TRIED = {
     "lrpretrain doctor ": doctor,
     "lrpretrain memory ": tabulated,
     "lrpretrain eval ": evaluation,
+    "lrpretrain compare ": comparison,
     "source .venv/bin/activate": exists,
     "tensorboard --logdir ": exists,
     "python -m lrpretrain.pretrain ": lambda line: train(line, 1),
