@@ -163,18 +163,27 @@ class TrainConfig:
     """Steps between two checkpoints; there is one at the end as well. 0: only that one."""
     keep_checkpoints: int = 3
     """How many of the newest checkpoints are kept. 0: all."""
-    schedule: Literal["linear", "cosine", "wsd", "cosine_restart"] = "cosine"
-    """Shape of the learning rate after the warm-up."""
+    schedule: Literal["linear", "cosine", "wsd", "cosine_restart", "cosine_restart_zero"] = "cosine"
+    """Shape of the learning rate after the warm-up; cosine_restart is for loro: a ramp after each refresh."""
     warmup_steps: int = 1000
-    """Steps of linear warm-up from 0."""
+    """Steps of linear warm-up from 0; for cosine_restart from train.min_lr_ratio."""
     min_lr_ratio: float = 0.1
     """Learning rate at the end, as a ratio of the peak."""
     decay_steps: int | None = None
     """wsd: steps of the decay at the end. Default: a fifth of train.steps."""
     restart_every: int | None = None
-    """cosine_restart: steps between two restarts."""
+    """cosine_restart and _zero: steps between two ramps; for loro those between two refreshes of moments."""
     restart_warmup_steps: int = 5
-    """cosine_restart: steps of the ramp after a restart."""
+    """cosine_restart and _zero: steps of a ramp, from 1e-6 of the peak; for _zero from a tenth of its end."""
+    restart_at: Literal["refresh", "compat"] = "refresh"
+    """cosine_restart and _zero: refresh: a ramp follows every train.restart_every-th step; compat: LORO's
+    script, which counts from step train.peak_delay_steps once the warm-up is over: refreshes between have no
+    ramp."""
+    restart_in_warmup: bool = True
+    """cosine_restart and _zero: whether there are ramps in the warm-up (false: lr_jag_after_warmup)."""
+    peak_delay_steps: int = 0
+    """cosine_restart and _zero: steps from the end of the warm-up to the peak. The cosine is drawn so much
+    later, and ends that much early (LORO's lr_adjust_steps, which is negative)."""
     clip_norm: float | None = None
     """Largest norm of the raw gradient (default: no clipping)."""
     unsound: Literal["stop", "skip"] = "stop"

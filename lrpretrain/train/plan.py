@@ -16,6 +16,7 @@ from lrpretrain.model import llama
 from lrpretrain.model.lowrank import initial_factor
 from lrpretrain.model.pretrained import Pretrained
 from lrpretrain.optim import groups
+from lrpretrain.train.schedule import RESTARTING
 
 
 def problems(config: Config, n_procs: int) -> list[Problem | str]:
@@ -121,12 +122,26 @@ def check(config: Config, n_procs: int) -> list[Problem | str]:
             f"does not fit into {room} steps after the warm-up",
             "Lower it",
         )
-    if train.schedule == "cosine_restart":
+    if train.schedule in RESTARTING:
         refuse(
             (train.restart_every or 0) < 1,
             "train.restart_every",
-            "cosine_restart needs it",
+            f"{train.schedule} needs it",
             "Give a number of steps",
+        )
+        room = train.steps - train.warmup_steps
+        refuse(
+            not 0 <= train.peak_delay_steps <= max(room, 0),
+            "train.peak_delay_steps",
+            f"does not fit into {room} steps after the warm-up",
+            "Lower it",
+        )
+        refreshes = optim.rule == "loro" and optim.refresh_moments != "none"
+        refuse(
+            refreshes and train.restart_at == "refresh" and train.restart_every != optim.exact_every,
+            "train.restart_every",
+            f"ramps would not follow the refreshes of moments, with optim.exact_every={optim.exact_every}",
+            f"Use {optim.exact_every}, or train.restart_at=compat",
         )
 
     slots = max(train.micro_batch, 1) * n_procs
