@@ -151,7 +151,14 @@ def test_the_table_lists_what_can_be_chosen():
     )
     assert re.findall(r"`(\w+)`", header) == list(engines)
     assert sorted(re.match(r"\| `(\w+)`", row)[1] for row in rows) == sorted(rules)
-    assert all(row.count("| yes") == len(engines) for row in rows)
+    for row in rows:
+        rule = re.match(r"\| `(\w+)`", row)[1]
+        cases = [{"optim": {"rule": rule}, "engine": {"kind": engine}} for engine in engines]
+        refused = [
+            bool(plan.check(config.from_dict(case), 1 + (engine != "local")))
+            for case, engine in zip(cases, engines, strict=True)
+        ]
+        assert row.count("| refused") == sum(refused) and row.count("| yes") == len(engines) - sum(refused)
 
 
 def test_the_recipes_are_those_that_are_shipped():
