@@ -10,8 +10,9 @@ import functools
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -36,11 +37,14 @@ from lrpretrain.train.loop import Progress, Trainer, resume
 LAST_WORD_S = 3.0
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run a pretraining from its command line; return the exit code."""
+Reader = Callable[[Sequence[str]], tuple[Config, list[Problem | str]]]
+
+
+def main(argv: Sequence[str] | None = None, read: Reader = parse) -> int:
+    """Run a pretraining from its command line, as `read` understands it; return the exit code."""
     proc, n_procs, local_proc = env_procs()
     try:
-        config, problems = parse(sys.argv[1:] if argv is None else argv)
+        config, problems = read(sys.argv[1:] if argv is None else argv)
         problems += plan.problems(config, n_procs)
         if problems:
             raise ConfigError(problems)
@@ -169,8 +173,8 @@ def _run(
             metrics.close()
 
 
-if __name__ == "__main__":
-    exit_code = main()
+def leave(exit_code: int) -> NoReturn:
+    """End the process with an exit code that launchers see."""
     if dist.is_initialized():
         dist.destroy_process_group()
     if exit_code and env_procs()[0] != 0:
@@ -181,3 +185,7 @@ if __name__ == "__main__":
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(exit_code)
+
+
+if __name__ == "__main__":
+    leave(main())

@@ -27,6 +27,7 @@ HEIGHTS = {
     "bench": 4,
     "doctor": 4,
     "cli": 4,
+    "authors": 5,
 }
 
 

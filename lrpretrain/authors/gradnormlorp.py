@@ -1,0 +1,7 @@
+"""Pretrain by the flags of GradNormLoRP's scripts: `torchrun … -m lrpretrain.authors.gradnormlorp FLAGS`."""
+
+from lrpretrain.authors.flags import main
+from lrpretrain.pretrain import leave
+
+if __name__ == "__main__":
+    leave(main("gradnormlorp"))
