@@ -407,8 +407,8 @@ class _Translation:
             every = refresh
         if not compat:
             self.notes.append(
-                f"ramps of the learning rate follow every {every}th step, as refreshes do; theirs are counted"
-                " apart after the warm-up (--train.restart_at compat)"
+                f"the learning rate has a ramp after every {every} steps, where refreshes are; theirs are"
+                " counted apart after the warm-up (--train.restart_at compat)"
             )
         settings |= {
             "train.restart_every": every,
