@@ -324,19 +324,23 @@ NAMES = {
 }
 
 
+def tiny(bench, project, name, folder, *more):
+    """Return a line for eight steps of the tests' model."""
+    loro = "--loro_attn_rank 4 --loro_mlp_rank 4" if project == "loro" else ""
+    line = f"""{project} --model_config {bench.model} --batch_size 6 --total_batch_size 12 --max_length 32
+        --lr 0.02 --rank 4 --update_proj_gap 3 --num_training_steps 8 --warmup_steps 1 --eval_every 0
+        --workers 1 --save_dir {bench.folder / folder} --optimizer {name} {loro} {NAMES[project, name][0]}
+        --data.source files --data.path {bench.text} --data.tokenizer {bench.tokenizer} --data.lanes 6
+        --data.cache_dir {bench.folder / "cache"} --train.log_every 1"""
+    return [*line.split(), *more]
+
+
 @pytest.mark.parametrize(("project", "name"), NAMES)
 def test_every_optimizer_name_trains(bench, project, name):
-    more, fall = NAMES[project, name]
     folder = f"{project}-{name}"
-    common = f"""--model_config {bench.model} --batch_size 6 --total_batch_size 12 --max_length 32 --lr 0.02
-        --rank 4 --update_proj_gap 3 --num_training_steps 8 --warmup_steps 1 --eval_every 0 --workers 1
-        --save_dir {bench.folder / folder} --optimizer {name}"""
-    loro = "--loro_attn_rank 4 --loro_mlp_rank 4" if project == "loro" else ""
-    own = f"""--data.source files --data.path {bench.text} --data.tokenizer {bench.tokenizer} --data.lanes 6
-        --data.cache_dir {bench.folder / "cache"} --train.log_every 1"""
-    assert run([project, *f"{common} {loro} {more} {own}".split()]) == 0
+    assert run(tiny(bench, project, name, folder)) == 0
     losses = bench.losses(folder)
-    assert losses[8] < losses[1] - fall
+    assert losses[8] < losses[1] - NAMES[project, name][1]
 
 
 def test_every_name_is_tried():
@@ -372,7 +376,7 @@ def cut(line, folder, *more):
     every = ("--update_proj_gap", "--loro_freq", "--loro_refresh_freq", "--cosine_restart_freq")
     values |= dict.fromkeys(every, "2")
     words = [values.get(flag, word) for flag, word in zip(["", *line], line, strict=False)]
-    own = "--data.source sample --data.seq_len 64 --train.eval_tokens 2000 --train.log_every 1"
+    own = "--data.source sample --data.seq_len 48 --train.eval_tokens 2000 --train.log_every 1"
     return [*words, *own.split(), "--run.dir", str(folder), *more]
 
 
@@ -383,18 +387,24 @@ def losses_of(folder):
     ]
 
 
-def test_the_commands_of_the_readmes_run_under_every_engine(tmp_path):
-    """In one process as they stand, then under FSDP2 and ZeRO-2 in two; and plain low-rank weights."""
+def test_the_commands_run_under_every_engine(bench, tmp_path):
+    """Those of the READMEs, in one process as they stand, then under FSDP2 and ZeRO-2 in two; and plain
+    low-rank weights. What needs whole matrices, under DDP."""
     eucl = [*LORO_README, "--loro_type", "eucl", "--dtype", "float32", "--lr", "0.01"]
     lines = {"gradnormlorp": GRADNORMLORP_README, "loro": LORO_README, "factored": eucl}
+    whole = [("galore", name) for name in ("sgd", "adafactor", "adam8bit")]
+    whole += [("gradnormlorp", "weight_norm_galore_adafactor")]
     for name, line in lines.items():
         assert run(cut(line, tmp_path / f"{name}-local")) == 0
+    for case in whole:
+        assert run(tiny(bench, *case, f"{case[1]}-local", "--dtype=float32")) == 0
     engines = {"fsdp": "--engine.kind=fsdp", "zero": "--engine.kind=zero"}
     split = [
         cut([word for word in line if word != "--single_gpu"], tmp_path / f"{name}-{engine}", option)
         for name, line in lines.items()
         for engine, option in engines.items()
     ]
+    split += [tiny(bench, *case, f"{case[1]}-ddp", "--dtype=float32") for case in whole]
     assert launch(2, split, run) == [0] * len(split)
     for name in lines:
         alone, fall = losses_of(tmp_path / f"{name}-local")
@@ -404,3 +414,5 @@ def test_the_commands_of_the_readmes_run_under_every_engine(tmp_path):
             assert fall < 0.9
             tolerance = 1e-5 if name == "factored" else 2e-2
             np.testing.assert_allclose(losses, alone, rtol=tolerance)
+    for _, name in whole:
+        assert bench.losses(f"{name}-ddp") == pytest.approx(bench.losses(f"{name}-local"), rel=1e-5), name
