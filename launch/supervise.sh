@@ -28,9 +28,9 @@ keep_logs() {
 }
 
 # Run a launcher until its whole process group has ended: supervise COMMAND …. Returns the exit code that the run left
-# in status.json, or the launcher's if it left none.
+# in status.json; without any the launcher's, or 75 where a signal came before the training began.
 supervise() {
-    local before code=0 recorded='' signal
+    local before code=0 recorded='' asked='' signal
     before=$(written)
     set -m # a process group for each job
     "$@" &
@@ -44,6 +44,8 @@ supervise() {
     while kill -0 -- "-$launcher" 2>/dev/null; do sleep 0.2; done
     if [ "$(written)" != "$before" ]; then
         recorded=$(sed -n 's/^ *"exit_code": \([0-9]*\),\{0,1\}$/\1/p' "$run/status.json")
+    elif [ "$code" -ne 0 ]; then
+        recorded=$asked
     fi
     return "${recorded:-$code}"
 }
@@ -56,6 +58,7 @@ written() { stat --format '%i %y' "$run/status.json" 2>/dev/null || :; }
 # this machine, the launcher is told to end.
 forward() {
     local workers=' -u -m lrpretrain[.]pretrain '
+    asked=75
     pkill "-$1" --parent "$launcher" --full -- "$workers" ||
         pkill "-$1" --pgroup "$launcher" --full -- "$workers" ||
         kill -TERM -- "-$launcher" 2>/dev/null || :

@@ -1,4 +1,4 @@
-"""The tools beside training: `lrpretrain show | doctor | bench | tokenize | export | eval | …`."""
+"""The tools beside training: `lrpretrain show | memory | doctor | bench | tokenize | export | eval | …`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 
 from lrpretrain import __version__
 from lrpretrain.config import Config, DataConfig
-from lrpretrain.errors import ConfigError, DataError, LrpretrainError
+from lrpretrain.errors import ConfigError, DamageError, DataError, LrpretrainError
 
 MODEL = "a checkpoint, a run folder for its newest one, or a model in the Hugging Face format"
 
@@ -21,7 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one tool; return its exit code: 0, 1 doctor, bench, 2 configuration, 3 data, disk, 4 checkpoint."""
     parser = build_parser()
     known, rest = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
-    if rest and known.run not in (show, doctor, bench_train, evaluate):
+    if rest and known.run not in (show, memory, doctor, bench_train, evaluate):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     known.overrides = rest
     logging.basicConfig(format="%(message)s")
@@ -54,6 +54,17 @@ def show(args: argparse.Namespace) -> None:
     else:
         print(config.to_yaml(read))
         print(plan.describe(read, args.procs))
+
+
+def memory(args: argparse.Namespace) -> None:
+    """Print what every rule and placement asks of a process, by the number of processes."""
+    from lrpretrain import config
+    from lrpretrain.train import plan
+
+    read, problems = config.parse(["--engine.kind", "fsdp", *args.overrides], prog="lrpretrain memory")
+    if problems:
+        raise ConfigError(problems)
+    print(plan.table(read, args.procs))
 
 
 def doctor(args: argparse.Namespace) -> None:
@@ -176,6 +187,24 @@ def generate(args: argparse.Namespace) -> None:
     print(ids.decode(written[0].tolist()))
 
 
+def inspect(args: argparse.Namespace) -> None:
+    """Print what is in a checkpoint, and compare its files with what was written."""
+    from lrpretrain.artifacts import checkpoint, report
+    from lrpretrain.sharding.procs import Procs
+
+    path = checkpoint.newest(args.checkpoint)
+    wrong = checkpoint.verify(path, Procs())
+    files = checkpoint.read_manifest(path)["files"]
+    if wrong.keys().isdisjoint(("run.json", checkpoint.INDEX)):
+        print(report.describe(path))
+    if wrong:
+        what = "; ".join(f"{name} {what}" for name, what in sorted(wrong.items()))
+        remedy = "A run that goes on from here takes the checkpoint before it"
+        raise DamageError(f"{path} is damaged: {len(wrong)} of {len(files)} files: {what}. {remedy}.")
+    size = sum(file["bytes"] for file in files.values())
+    print(f"all {len(files)} files ({size:,} bytes) are as they were written")
+
+
 def export(args: argparse.Namespace) -> None:
     """Write a trained model in the Hugging Face format."""
     import torch
@@ -236,12 +265,14 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=__version__)
     tools = parser.add_subparsers(required=True, metavar="TOOL", title="tools")
     _add_show(tools)
+    _add_memory(tools)
     _add_doctor(tools)
     _add_bench(tools)
     _add_tokenizer(tools)
     _add_tokenize(tools)
     _add_download(tools)
     _add_generate(tools)
+    _add_inspect(tools)
     _add_export(tools)
     _add_eval(tools)
     return parser
@@ -260,6 +291,10 @@ def _count(text: str) -> int:
     return int(text)
 
 
+def _counts(text: str) -> list[int]:
+    return [_count(part) for part in text.split(",")]
+
+
 def _add_show(tools) -> None:  # type: ignore[no-untyped-def]
     usage = "lrpretrain show FILE [--procs N] [--field SECTION.FIELD] [--section.field VALUE ...]"
     about = "print a configuration's resolved values and what they amount to, or all that is wrong with it"
@@ -270,6 +305,14 @@ def _add_show(tools) -> None:  # type: ignore[no-untyped-def]
     tool.add_argument("--procs", type=_count, default=1, help=procs)
     field = "print the value of this field only, for scripts (default: all fields)"
     tool.add_argument("--field", metavar="SECTION.FIELD", help=field)
+
+
+def _add_memory(tools) -> None:  # type: ignore[no-untyped-def]
+    usage = "lrpretrain memory [--procs N,N,...] [--section.field VALUE ...]"
+    about = "print a table of what every rule and placement takes of memory and sends, without training"
+    tool = _add(tools, "memory", memory, about, usage=usage, allow_abbrev=False)
+    procs = "processes, a group of columns for each (default: 8,64,256)"
+    tool.add_argument("--procs", type=_counts, default=[8, 64, 256], help=procs)
 
 
 def _add_doctor(tools) -> None:  # type: ignore[no-untyped-def]
@@ -360,6 +403,12 @@ def _add_generate(tools) -> None:  # type: ignore[no-untyped-def]
     seed = "of the sampling, where the temperature is above 0 (default: %(default)s)"
     tool.add_argument("--seed", type=int, default=0, help=seed)
     tool.add_argument("--tokenizer", help="a .model file or a tokenizer of the hub (default: the run's own)")
+
+
+def _add_inspect(tools) -> None:  # type: ignore[no-untyped-def]
+    tool = _add(tools, "inspect", inspect, "print what is in a checkpoint, and verify its files")
+    which = "a checkpoint, or a run folder for its newest one"
+    tool.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help=which)
 
 
 def _add_export(tools) -> None:  # type: ignore[no-untyped-def]

@@ -170,6 +170,12 @@ class TrainConfig:
     """Steps between two checkpoints; there is one at the end as well. 0: only that one."""
     keep_checkpoints: int = 3
     """How many of the newest checkpoints are kept. 0: all."""
+    keep_every: int = 0
+    """Checkpoints at multiples of this many steps, a multiple of train.save_every, are never removed.
+    0: none."""
+    async_save: bool = True
+    """Wait only for a copy of the state to host memory, which is kept for the next save, and write the files
+    beside the training."""
     schedule: Literal["linear", "cosine", "wsd", "cosine_restart", "cosine_restart_zero"] = "cosine"
     """Shape of the learning rate after the warm-up; cosine_restart is for loro: a ramp after each refresh."""
     warmup_steps: int = 1000
@@ -245,6 +251,9 @@ class PrecisionConfig:
     """The weights that the optimizer updates."""
     compute: Literal["float32", "bfloat16"] = "float32"
     """Forward and backward; bfloat16 over float32 weights needs engine.kind=fsdp or zero."""
+    reduce: Literal["float32", "bfloat16"] = "float32"
+    """fsdp: what gradients are added up in over the processes. bfloat16, with bfloat16 arithmetic, sends half
+    as much and loses digits, the more the more processes there are."""
 
 
 @dataclass
@@ -254,7 +263,12 @@ class RunConfig:
     dir: str = "runs/default"
     """The run folder."""
     resume: str = "auto"
-    """auto: from the newest complete checkpoint of run.dir, if any; never; or a checkpoint's path."""
+    """auto: from the newest intact checkpoint of run.dir, if any; never; or the path of a checkpoint, such as
+    one of another run, from which this one starts; it goes on from its own once it has any."""
+    time_limit_s: float | None = None
+    """Seconds after the start of the process (or of its torchrun) by which the run has stopped with a
+    checkpoint, exit code 75. For that it leaves twice the time of the longest step and of the last save; or,
+    before the first save, 5 minutes, but at most a tenth of the limit."""
 
 
 @dataclass

@@ -1,7 +1,8 @@
 """The errors that a user can meet, each with the exit code of the training process.
 
 Exit codes: 0 finished; 1 a bug of ours; 2 configuration; 3 data; 4 checkpoint; 5 a loss or
-gradient that is not finite, or a spike; 75 stopped on a signal, with a checkpoint saved.
+gradient that is not finite, or a spike; 75 stopped on a signal or by the time limit, with a
+checkpoint saved.
 """
 
 from __future__ import annotations
@@ -31,6 +32,16 @@ class Problem:
         return f"{self.field}={self.value!r}: {self.reason}. {self.remedy}."
 
 
+class Stopped(LrpretrainError):
+    """All processes agreed to stop because one of them was asked to; `flag` says by what (train/guard.py)."""
+
+    exit_code = EXIT_STOPPED
+
+    def __init__(self, flag: int):
+        super().__init__(flag)
+        self.flag = flag
+
+
 class ConfigError(LrpretrainError, ValueError):
     """A configuration that cannot work: all of its problems at once."""
 
@@ -56,6 +67,10 @@ class CheckpointError(LrpretrainError, ValueError):
     """A checkpoint that cannot be written or read."""
 
     exit_code = 4
+
+
+class DamageError(CheckpointError):
+    """A checkpoint whose files are not as they were written."""
 
 
 class UnsoundError(LrpretrainError, ArithmeticError):

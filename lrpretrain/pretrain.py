@@ -10,9 +10,11 @@ import functools
 import os
 import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -27,12 +29,21 @@ from lrpretrain.data.pack import document_mask
 from lrpretrain.data.tokenizer import Tokenizer
 from lrpretrain.engine import build_engine
 from lrpretrain.engine.device import env_procs, join, pick_device, unusable_gpu
-from lrpretrain.errors import EXIT_STOPPED, CheckpointError, ConfigError, LrpretrainError, Problem
+from lrpretrain.errors import (
+    EXIT_STOPPED,
+    CheckpointError,
+    ConfigError,
+    LrpretrainError,
+    Problem,
+    Stopped,
+)
 from lrpretrain.model import llama
+from lrpretrain.sharding.procs import Procs
 from lrpretrain.train import plan
 from lrpretrain.train.evaluate import Evaluator
-from lrpretrain.train.guard import Guard, launch_id, restarted_after_stop
+from lrpretrain.train.guard import Guard, launch_id, reason, restarted_after_stop
 from lrpretrain.train.loop import Progress, Trainer, resume
+from lrpretrain.train.peers import Peers
 
 LAST_WORD_S = 3.0
 
@@ -43,20 +54,22 @@ Reader = Callable[[Sequence[str]], tuple[Config, list[Problem | str]]]
 def main(argv: Sequence[str] | None = None, read: Reader = parse) -> int:
     """Run a pretraining from its command line, as `read` understands it; return the exit code."""
     proc, n_procs, local_proc = env_procs()
-    try:
-        config, problems = read(sys.argv[1:] if argv is None else argv)
-        problems += plan.problems(config, n_procs)
-        if problems:
-            raise ConfigError(problems)
-        return pretrain(config)
-    except LrpretrainError as error:
-        # What all processes meet is said once; what is wrong with a node, by that node.
-        if proc == 0 or (local_proc == 0 and not dist.is_initialized()):
-            print(f"lrpretrain: {error}", file=sys.stderr, flush=True)
-        return error.exit_code
+    with Guard() as guard:
+        guard.leave = lambda _: os._exit(EXIT_STOPPED)
+        try:
+            config, problems = read(sys.argv[1:] if argv is None else argv)
+            problems += plan.problems(config, n_procs)
+            if problems:
+                raise ConfigError(problems)
+            return pretrain(config, guard)
+        except LrpretrainError as error:
+            # What all processes meet is said once; what is wrong with a node, by that node.
+            if proc == 0 or (local_proc == 0 and not dist.is_initialized()):
+                print(f"lrpretrain: {error}", file=sys.stderr, flush=True)
+            return error.exit_code
 
 
-def pretrain(config: Config) -> int:
+def pretrain(config: Config, guard: Guard) -> int:
     """Run a checked configuration; return the exit code, and leave it in status.json.
 
     Raises LrpretrainError for what a user can mend. All processes of the launch call this.
@@ -65,44 +78,77 @@ def pretrain(config: Config) -> int:
     status = run_dir.read_status()
     if restarted_after_stop(status):
         return EXIT_STOPPED
-    start = _start(config, run_dir)
+    starts = _starts(config, run_dir)
     proc = env_procs()[0]
-    own = start if start is not None and start.parent == run_dir.checkpoints else None
-    if own is not None and checkpoint.read_manifest(own)["step"] >= config.train.steps:
-        if proc == 0:
-            say(f"This run is complete: {own}")
-            say(summary(run_dir))
-            say("To start another, give another --run.dir; to train this one on, raise --train.steps.")
-        return 0
-    run_dir.create(fresh=start is None and config.run.resume == "never")
-    progress = Progress()
+    run_dir.create(fresh=config.run.resume == "never")
+    ending = _Ending(run_dir, status, Progress())
+    if config.run.time_limit_s is not None:
+        guard.limit(config.run.time_limit_s)
+    guard.leave = ending.leave
     try:
         tokenizer = open_tokenizer(config, llama.load_config(config.model).vocab_size)
-        with Guard() as guard:
-            code = _run(config, run_dir, tokenizer, pick_device(), guard, start, progress)
-    except BaseException as error:
+        device = pick_device()
+        procs = join(device, config.engine.timeout_s)
+        guard.leave = None
+        with Peers(procs, ending.follow):
+            _run(config, run_dir, tokenizer, device, procs, guard, starts, ending.progress)
+    except Stopped as stopped:
         if proc == 0:
+            why, step = reason(stopped.flag), ending.progress.step
+            ending.record("stopped", why, EXIT_STOPPED)
+            kept = "checkpoint saved" if step else "nothing to save"
+            say(f"stopped by {why} at step {step}, {kept}; start again to go on")
+        return EXIT_STOPPED
+    except BaseException as error:
+        if proc == 0 or not dist.is_initialized():
             code = error.exit_code if isinstance(error, LrpretrainError) else 1
-            reason = f"{type(error).__name__}: {error}"
-            step = progress.step or status.get("step", 0)  # a refused resume does not undo the run
-            run_dir.write_status("failed", step, reason, code, launch_id=launch_id())
+            ending.record("failed", f"{type(error).__name__}: {error}", code)
         raise
     if proc == 0:
-        state, reason = (
-            ("finished", "") if code == 0 else ("stopped", guard.reason or "a signal on another process")
-        )
-        run_dir.write_status(state, progress.step, reason, code, launch_id=launch_id())
-        stopped = f"stopped by {reason} at step {progress.step}, checkpoint saved; start again to go on"
-        say(summary(run_dir) if code == 0 else stopped)
-    return code
+        ending.record("finished", "", 0)
+        say(summary(run_dir))
+    return 0
 
 
-def _start(config: Config, run_dir: RunDir) -> Path | None:
-    """Return the checkpoint to go on from, or None. Raises CheckpointError for a path that is none."""
+@dataclass
+class _Ending:
+    """What is left in status.json, which said `before` when this process started."""
+
+    run_dir: RunDir
+    before: dict[str, Any]
+    progress: Progress
+
+    def record(self, state: str, why: str, code: int) -> None:
+        """Write the last word."""
+        step = self.progress.step or self.before.get("step", 0)  # what came to nothing does not undo the run
+        self.run_dir.write_status(state, step, why, code, launch_id=launch_id())
+
+    def leave(self, flag: int) -> None:
+        """Stop before there are processes to agree with.
+
+        Of several processes none records that: a launcher also ends them because another one has failed.
+        """
+        if "RANK" not in os.environ:
+            self.record("stopped", reason(flag), EXIT_STOPPED)
+        os._exit(EXIT_STOPPED)
+
+    def follow(self, dead: int) -> None:
+        """Say what this process ends for, unless process 0 has said so before it died."""
+        now = self.run_dir.read_status()
+        if now == self.before or now.get("state") == "running":
+            self.record("failed", f"process {dead} died", 1)
+            print(f"lrpretrain: process {dead} died, see its output; the others end too", file=sys.stderr)
+
+
+def _starts(config: Config, run_dir: RunDir) -> list[Path]:
+    """Return the checkpoints to go on from, the newest first: from the first of them that is intact.
+
+    Raises CheckpointError for a path that is none.
+    """
     if config.run.resume == "never":
-        return None
+        return []
     if config.run.resume == "auto":
-        return next(iter(checkpoint.complete(run_dir.checkpoints)), None)
+        return checkpoint.complete(run_dir.checkpoints)
     path = Path(config.run.resume)
     checkpoint.read_manifest(path)
     newest = next(iter(checkpoint.complete(run_dir.checkpoints)), path)
@@ -110,7 +156,36 @@ def _start(config: Config, run_dir: RunDir) -> Path | None:
         reason = f"run.dir goes on to {newest.name}, which would be lost"
         remedy = "Give another run.dir to go on from here, or remove the later checkpoints"
         raise ConfigError([Problem("run.resume", config.run.resume, reason, remedy)])
-    return path
+    return checkpoint.complete(run_dir.checkpoints) or [path]
+
+
+def _intact(starts: Sequence[Path], run_dir: RunDir, procs: Procs) -> Path | None:
+    """Return the first of the checkpoints that is intact, and say what is wrong with those before it.
+
+    None where there are none. Raises CheckpointError on all processes if all are damaged, or if the
+    processes do not see the same newest one.
+    """
+    seen = procs.gather([str(path) for path in starts])
+    if len({tuple(paths[:1]) for paths in seen}) > 1:
+        newest = [paths[0] if paths else None for paths in seen]
+        where = "; ".join(f"process {proc}: {path}" for proc, path in enumerate(newest))
+        raise CheckpointError(
+            f"the processes see different checkpoints ({where}). Let all nodes share run.dir."
+        )
+    start, wrong = checkpoint.find_intact([Path(path) for path in seen[0]], procs)
+    if procs.is_first:
+        for path in checkpoint.incomplete(run_dir.checkpoints):
+            if start is None or checkpoint.step_of(path) > checkpoint.step_of(start):
+                say(f"{path} holds no manifest.json: it is of a save that did not end, and is passed over.")
+        for damage in wrong:
+            say(f"{damage} Going back to {start}.")
+    return start
+
+
+def _is_complete(path: Path, config: Config) -> bool:
+    """Say whether a checkpoint is of the last step, and that was evaluated."""
+    at_end = bool(checkpoint.read_manifest(path)["step"] >= config.train.steps)
+    return at_end and not checkpoint.read_run(path)["owes_evaluation"]
 
 
 def _run(
@@ -118,17 +193,18 @@ def _run(
     run_dir: RunDir,
     tokenizer: Tokenizer,
     device: torch.device,
+    procs: Procs,
     guard: Guard,
-    start: Path | None,
+    starts: Sequence[Path],
     progress: Progress,
-) -> int:
-    procs = join(device, config.engine.timeout_s)
-    seen = procs.gather(None if start is None else str(start))
-    if len(set(seen)) > 1:
-        where = "; ".join(f"process {proc}: {path}" for proc, path in enumerate(seen))
-        raise CheckpointError(
-            f"the processes see different checkpoints ({where}). Let all nodes share run.dir."
-        )
+) -> None:
+    start = _intact(starts, run_dir, procs)
+    if start is not None and start.parent == run_dir.checkpoints and _is_complete(start, config):
+        progress.step = checkpoint.step_of(start)
+        if procs.is_first:
+            say(f"This run is complete: {start}")
+            say("To start another, give another --run.dir; to train this one on, raise --train.steps.")
+        return
     if procs.is_first:
         for line in (unusable_gpu(), *plan.describe(config, procs.n_procs).splitlines()):
             if line is not None:
@@ -149,6 +225,7 @@ def _run(
     if procs.is_first:
         run_dir.describe(config, procs.n_procs, device, tokenizer.file)
         run_dir.write_status("running", progress.step)
+    procs.agree(guard.flag())
     evaluator = None
     if config.train.eval_every:
         validation = build_loader(config, "validation", procs, tokenizer)
@@ -159,13 +236,13 @@ def _run(
         run_dir.cut_metrics(progress.step if start is not None else -1)
         flops = plan.flops_per_token(config)
         metrics = Metrics(run_dir, progress.step, config.train.steps, flops, procs.n_procs)
+    procs.agree(guard.flag())
     trainer = Trainer(config, procs, engine, loader, evaluator, tokenizer, run_dir, metrics, guard, progress)
     try:
-        code = trainer.train()
+        trainer.train()
         mapped = int(procs.sum([tokenizer.sentinels_mapped])[0])
         if mapped and procs.is_first:
             say(f"{mapped} sentinel ids of the tokenizer became unknown ids: the model lacks them")
-        return code
     finally:
         loader.close()
         engine.close()
@@ -173,19 +250,25 @@ def _run(
             metrics.close()
 
 
-def leave(exit_code: int) -> NoReturn:
-    """End the process with an exit code that launchers see."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    if exit_code and env_procs()[0] != 0:
-        # Launchers end all processes once one has failed: let the one that speaks go first.
-        time.sleep(LAST_WORD_S)
-    # All that a run leaves is written and closed. Native threads of torch's process groups now and then abort
-    # the interpreter while it is torn down (1 exit in 25 under gloo), which would replace the exit code.
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(exit_code)
+def leave(run: Callable[[], int]) -> NoReturn:
+    """Run a training, and end the process with the exit code."""
+    with Guard():  # to the end: the echo of a signal does not change the exit code
+        try:
+            exit_code = run()
+            if dist.is_initialized():
+                dist.destroy_process_group()
+            if exit_code and env_procs()[0] != 0:
+                # Launchers end all processes once one has failed: let the one that speaks go first.
+                time.sleep(LAST_WORD_S)
+        except Exception:
+            traceback.print_exc()
+            exit_code = 1
+        # All that a run leaves is written and closed. Native threads of torch's process groups now and then
+        # abort the interpreter while it is torn down (1 exit in 25 under gloo), which would replace the code.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(exit_code)
 
 
 if __name__ == "__main__":
-    leave(main())
+    leave(main)

@@ -287,7 +287,7 @@ def test_a_single_gpu_is_one_process(in_eight):
 @pytest.mark.parametrize("project", flags.FLAGS)
 def test_every_project_has_an_entry_that_exits_with_the_code(monkeypatch, capsys, project):
     codes = []
-    monkeypatch.setattr(pretrain, "leave", codes.append)
+    monkeypatch.setattr(pretrain, "leave", lambda main: codes.append(main()))
     monkeypatch.setattr(sys, "argv", ["entry", *SMALL, "--optimizer", "none"])
     runpy.run_module(f"lrpretrain.authors.{project}", run_name="__main__")
     assert codes == [2]

@@ -15,6 +15,7 @@ from lrpretrain import __version__, cli
 from lrpretrain.data import tokenizer
 from lrpretrain.data.sources import FileShards
 from lrpretrain.data.tokens import TokenShards
+from lrpretrain.sharding.placement import PLACEMENTS
 
 
 @pytest.fixture(autouse=True)
@@ -38,7 +39,8 @@ def run(capsys):
     return run
 
 
-TOOLS = ["show", "doctor", "tokenizer train", "tokenize", "download", "generate", "export", "eval"]
+TOOLS = ["show", "memory", "doctor", "tokenizer train", "tokenize", "download", "generate", "inspect"]
+TOOLS += ["export", "eval"]
 
 
 @pytest.mark.parametrize("tool", ["", *TOOLS])
@@ -77,6 +79,24 @@ def test_show(run):
     assert code == 0
     assert "steps: 7000" in out
     assert "2 processes × 8 micro-batch × 1 accumulation × 128 tokens = 2,048 tokens per step" in out
+
+
+def test_memory(run):
+    code, out, _ = run("memory", "--procs", "2,4", "--model.config", "llama_9m", "--optim.moments", "int8")
+    header, _, *rows = out.splitlines()
+    assert code == 0
+    columns = [f"{n}: {name}" for n in (2, 4) for name in ("weights", "gradients", "state", "sent")]
+    assert header == f"| GiB | {' | '.join(columns)} |"
+    # adamw and loro have no moments of eight bits
+    assert [row.split(" | ")[0] for row in rows] == [
+        f"| {rule} {place}" for rule in ("galore", "gradnormlorp") for place in PLACEMENTS
+    ]
+    code, out, err = run("memory", "--optim.rank", "100000", "--procs", 2)
+    assert (code, out) == (2, "")
+    assert "optim.rank=100000" in err
+    code, _, err = run("memory", "--procs", "8,x")
+    assert code == 2
+    assert "argument --procs: 'x' is not a whole number above 0" in err
 
 
 def test_show_one_field(run):
@@ -318,6 +338,42 @@ def test_generate(run, bench, trained):
     bold = [run("generate", trained, *argv, "--temperature", 9, "--seed", seed)[1] for seed in (1, 2, 1)]
     assert bold[0] == bold[2]
     assert len({greedy, *bold}) == 3
+
+
+def test_inspect(run, trained):
+    checkpoint = trained / "checkpoints" / "step_00000003"
+    code, out, err = run("inspect", trained)
+    assert (code, err) == (0, "")
+    assert run("inspect", checkpoint) == (0, out, "")
+    assert out.startswith(f"{checkpoint}\nstep 3 of 3, ")
+    rows = {line.split()[0]: line.split()[1:] for line in out.splitlines()[3:12]}
+    # 38,304 parameters; GaLore of rank 4 in 14 matrices, moments of the other 7 whole.
+    assert rows["weights"] == ["float32", "21", "38,304", "153,216"]
+    assert rows["exp_avg"] == rows["exp_avg_sq"] == ["float32", "21", "21,728", "86,912"]
+    assert rows["basis"] == ["float32", "14", "1,792", "7,168"]
+    assert "galore of rank 4" in out and "data: pass 1, 36 sequences into it" in out
+    size = sum(file.stat().st_size for file in checkpoint.rglob("*") if file.is_file())
+    size -= (checkpoint / "manifest.json").stat().st_size
+    assert out.endswith(f"all 3 files ({size:,} bytes) are as they were written\n")
+
+
+def test_inspect_names_what_is_wrong(run, trained, tmp_path):
+    checkpoint = tmp_path / "step_00000003"
+    shutil.copytree(trained / "checkpoints" / checkpoint.name, checkpoint)
+    (checkpoint / "tensors" / "__0_0.distcp").write_bytes(b"")
+    code, out, err = run("inspect", checkpoint)
+    assert code == 4
+    assert "weights" in out and "as they were written" not in out
+    assert f"{checkpoint} is damaged: 1 of 3 files: tensors/__0_0.distcp is not as it was written" in err
+    (checkpoint / "run.json").unlink()
+    code, out, err = run("inspect", checkpoint)
+    assert (code, out) == (4, "")
+    assert "2 of 3 files: run.json is missing; tensors/__0_0.distcp" in err
+    (checkpoint / "manifest.json").write_text('{"format": 99}')
+    assert "has format 99" in run("inspect", checkpoint)[2]
+    code, out, err = run("inspect", tmp_path)
+    assert (code, out) == (4, "")
+    assert "neither a checkpoint nor a run folder" in err
 
 
 def test_generate_is_refused(run, bench, trained, tmp_path):

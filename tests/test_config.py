@@ -283,6 +283,7 @@ def test_defaults_and_valid_combinations_have_no_problems():
         ({"train": {"schedule": "wsd", "steps": 100, "warmup_steps": 10, "decay_steps": 90}}, 1),
         ({"train": {"schedule": "cosine_restart", "restart_every": 1}}, 1),
         ({"train": {"decay_steps": 0, "restart_every": 0}}, 1),  # of other schedules
+        ({"train": {"save_every": 500, "keep_every": 1500}}, 1),
         ({"train": {"eval_every": 0, "save_every": 0, "keep_checkpoints": 0, "warmup_steps": 0}}, 1),
         ({"optim": {"rule": "gradnormlorp", "mode": "lowrank_wn"}, "engine": {"kind": "ddp"}}, 2),
         ({"optim": {"rule": "gradnormlorp", "mode": "lowrank_wn"}, "engine": {"kind": "fsdp"}}, 1),
@@ -339,6 +340,7 @@ OUT_OF_RANGE = {
     "train.eval_every": [-1],
     "train.save_every": [-1],
     "train.keep_checkpoints": [-1],
+    "train.keep_every": [-1, 1500],
     "train.warmup_steps": [-1],
     "train.profile_steps": [-1],
     "train.profile_from": [-1],
@@ -373,6 +375,11 @@ TOGETHER = {
     ),
     "batch that cannot be split": ({"train": {"global_batch": 500}}, 1, ["train.global_batch"]),
     "batch that three cannot split": ({"engine": {"kind": "ddp"}}, 3, ["train.global_batch"]),
+    "checkpoints to keep, and none but the last": (
+        {"train": {"save_every": 0, "keep_every": 1000}},
+        1,
+        ["train.keep_every"],
+    ),
     "local in two processes": ({}, 2, ["engine.kind"]),
     "accumulation of whole gradients": (
         {"engine": {"accumulate_unsharded": True}},

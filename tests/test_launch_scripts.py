@@ -1,13 +1,16 @@
 """The scripts of launch/ for one node and for SLURM: what they start, pass on, leave behind and exit with."""
 
+import contextlib
 import json
 import os
 import signal
 import sys
+import time
 
 import fake_slurm
+import psutil
 import pytest
-from test_launch import finish, start
+from test_launch import TRAIN, finish, start, torchrun
 from tiny import ROOT, _free_port
 
 RECIPE = "llama_toy_galore"
@@ -94,6 +97,78 @@ def test_a_run_is_stopped_under_fsdp_and_zero_and_goes_on(bench):
     code, output = finish(script("fsdp.sh", *options))
     assert code == 3, "torchrun returns 1\n" + output
     assert "the data ended after" in output
+
+
+def worker(process, rank):
+    """Return the training process of that rank below a launcher."""
+    of_rank = []
+    for child in psutil.Process(process.pid).children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if TRAIN in child.cmdline() and child.environ().get("RANK") == str(rank):
+                of_rank.append(child)
+    return of_rank[-1]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["zero.sh", *(pytest.param(name, marks=pytest.mark.slow) for name in ("fsdp.sh", "slurm_fsdp.sbatch"))],
+)
+def test_a_process_that_is_killed_ends_the_job_in_seconds(bench, tmp_path, name):
+    killed = []
+
+    def kill(process):
+        worker(process, 1).kill()
+        killed.append(time.monotonic())
+
+    run = f"killed-{name}"
+    command, env = script(name, *bench.options(run, train__steps=2000)), ports(PROCS="2")
+    if name.startswith("slurm"):
+        env = fake_slurm.install(tmp_path) | ports(PROCS="1")
+        command[0] = "sbatch"
+    code, output = interrupt(command, "| loss ", kill, **env)
+    assert time.monotonic() - killed[0] < 20
+    assert code == 1, output
+    status = bench.status(run)
+    assert (status["state"], status["reason"], status["exit_code"]) == ("failed", "process 1 died", 1)
+    assert not (tmp_path / "requeued").exists()
+
+
+def test_torchrun_restarts_after_a_death_and_not_after_a_stop(bench):
+    options = bench.options("restarted", engine__kind="fsdp", train__steps=2000, train__save_every=5)
+    command = torchrun(*options)
+    process = start([*command[:1], "--max-restarts", 2, *command[1:]])
+    said = []
+
+    def read_until(marker):
+        for line in process.stdout:
+            said.append(line)
+            if marker in line:
+                return
+        raise AssertionError(f"{marker} did not come\n" + "".join(said))
+
+    try:
+        read_until("step 000012/")
+        worker(process, 1).kill()
+        read_until("resumed from")
+        assert int(said[-1].strip()[-8:]) >= 10
+        read_until("step 000020/")
+        worker(process, 1).send_signal(signal.SIGTERM)
+        rest, _ = process.communicate(timeout=120)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    step = check_stopped(bench, "restarted", 75 if process.returncode == 1 else 0, rest, "SIGTERM")
+    assert "resumed from" not in rest
+    assert list(bench.losses("restarted")) == list(range(1, step + 1))
+
+
+@pytest.mark.parametrize(("begun", "expected"), [(False, 75), (True, 143)])
+def test_a_script_that_is_stopped_before_the_training_began_says_so(tmp_path, begun, expected):
+    note = f"echo '{{\"exit_code\": null}}' > {tmp_path}/status.json; " if begun else ""
+    env = fake(tmp_path / "bin", lrpretrain=f"echo {tmp_path}", torchrun=f"{note}echo begun; exec sleep 60")
+    command = script("fsdp.sh")
+    ended = interrupt(command, "begun", lambda process: process.send_signal(signal.SIGTERM), **env, PROCS="2")
+    assert ended[0] == expected, ended[1]
 
 
 def test_slurm_nodes_train_together_and_a_stopped_job_is_queued_again(bench, tmp_path):

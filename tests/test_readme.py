@@ -104,6 +104,11 @@ def doctor(line):
     assert [*problems, *plan.problems(read, 2)] == []
 
 
+def tabulated(line):
+    """See that its table follows, which test_a_table_is_what_its_command_prints compares."""
+    assert f"{line}\n```\n\n| GiB |" in README
+
+
 def evaluation(line):
     """Read what an evaluation gets; test_export.py runs some."""
     known, rest = cli.build_parser().parse_known_args(shlex.split(line)[1:])
@@ -119,6 +124,7 @@ TRIED = {
     "bash launch/fsdp.sh ": launcher,
     "bash launch/zero.sh ": launcher,
     "lrpretrain doctor ": doctor,
+    "lrpretrain memory ": tabulated,
     "lrpretrain eval ": evaluation,
     "source .venv/bin/activate": exists,
     "tensorboard --logdir ": exists,
@@ -137,6 +143,14 @@ def test_a_command_works(line):
     tries[0](line)
 
 
+@pytest.mark.parametrize(
+    ("line", "table"), re.findall(r"^```bash\n(lrpretrain memory .*)\n```\n\n((?:\|.*\n)+)", README, re.M)
+)
+def test_a_table_is_what_its_command_prints(line, table, capsys):
+    assert cli.main(shlex.split(line)[1:]) == 0
+    assert capsys.readouterr().out == table
+
+
 def test_every_way_to_try_is_used():
     assert [p for p in TRIED if not any(line.startswith(p) for line in COMMANDS)] == []
 
@@ -151,7 +165,7 @@ def test_every_field_exists():
     named = re.findall(rf"\b({'|'.join(sections)})\.(\w+)", README)
     wrong = [
         f"{section}.{name}"
-        for section, name in set(named) - {("run", "sh")}
+        for section, name in set(named) - {("run", "sh"), ("run", "json")}
         if name not in {field.name for field in fields(sections[section])}
     ]
     assert len(named) > 40

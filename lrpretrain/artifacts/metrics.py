@@ -7,7 +7,8 @@ import math
 import resource
 import sys
 import time
-from typing import Protocol
+from contextlib import suppress
+from typing import Any, Protocol
 
 import torch
 
@@ -30,10 +31,9 @@ class Metrics:
     def __init__(
         self, run_dir: RunDir, start_step: int, total_steps: int, flops_per_token: float, n_procs: int
     ):
-        from torch.utils.tensorboard import SummaryWriter
-
         self._file = open(run_dir.metrics, "a", buffering=1)  # noqa: SIM115 - lives as long as the run
-        self._board = SummaryWriter(str(run_dir.tensorboard), purge_step=start_step + bool(start_step))
+        self._folder = str(run_dir.tensorboard)
+        self._board: Any = self._open_board(start_step + bool(start_step))
         self._steps = total_steps
         self._peak = peak_flops() * n_procs
         self._flops_per_token = flops_per_token
@@ -59,19 +59,34 @@ class Metrics:
         if "train/loss" in values:
             values |= self._throughput(step)
         values = {"step": step, "tokens": tokens, **values, "mem/peak_gib": peak_gib()}
-        known = {key: value if math.isfinite(value) else None for key, value in values.items()}
-        self._file.write(json.dumps(known) + "\n")
-        for tag, value in values.items():
-            if "/" in tag:
-                self._board.add_scalar(tag, value, step)
+        try:
+            self._write(values, text)
+        except OSError as error:
+            self._board = None  # a writer that failed once fails for ever
+            say(f"metrics of step {step} cannot be written: {error}. Make room for the run folder.")
         say(console_line(values, self._steps))
         if text is not None:
             say(f"step {step:06d}/{self._steps:06d} | sample: {text}")
+        self._since, self._step = time.perf_counter(), step
+        self._tokens, self._wait_ms, self._updates = 0, 0.0, list[Timed]()
+
+    def _write(self, values: dict[str, float], text: str | None) -> None:
+        known = {key: value if math.isfinite(value) else None for key, value in values.items()}
+        self._file.write(json.dumps(known) + "\n")  # what a full disk refuses stays in its buffer
+        self._board = self._board or self._open_board(None)
+        step = int(values["step"])
+        for tag, value in values.items():
+            if "/" in tag:
+                self._board.add_scalar(tag, value, step)
+        if text is not None:
             self._board.add_text("valid/sample", text, step)
         if "valid/loss" in values:
             self._board.flush()
-        self._since, self._step = time.perf_counter(), step
-        self._tokens, self._wait_ms, self._updates = 0, 0.0, list[Timed]()
+
+    def _open_board(self, purge_step: int | None) -> Any:
+        from torch.utils.tensorboard import SummaryWriter
+
+        return SummaryWriter(self._folder, purge_step=purge_step)
 
     def _throughput(self, step: int) -> dict[str, float]:
         elapsed = max(time.perf_counter() - self._since, 1e-9)
@@ -89,8 +104,9 @@ class Metrics:
 
     def close(self) -> None:
         """Flush and close the files."""
-        self._file.close()
-        self._board.close()
+        for file in filter(None, (self._file, self._board)):
+            with suppress(OSError):
+                file.close()
 
 
 def console_line(values: dict[str, float], steps: int) -> str:
@@ -134,8 +150,10 @@ def summary(run_dir: RunDir) -> str:
 
 
 def say(line: str) -> None:
-    """Print a line for the person who watches; only the first process says anything."""
-    print(line, file=sys.stdout, flush=True)
+    """Print a line for the person who watches; only the first process says anything, in any thread."""
+    with suppress(OSError):  # into a file on a full disk
+        sys.stdout.write(line + "\n")
+        sys.stdout.flush()
 
 
 def perplexity(loss: float) -> float:

@@ -8,6 +8,7 @@ import platform
 import shutil
 import socket
 import sys
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -82,7 +83,8 @@ class RunDir:
     ) -> None:
         """Write status.json: `state` is running, finished, stopped or failed."""
         status = {"state": state, "step": step, "reason": reason, "exit_code": exit_code, **more}
-        write_atomically(self._status, json.dumps(status, indent=2) + "\n")
+        with suppress(OSError):  # a full disk must not take the place of what is to be said
+            write_atomically(self._status, json.dumps(status, indent=2) + "\n")
 
     def cut_metrics(self, step: int) -> None:
         """Drop the lines of metrics.jsonl after `step`: a resumed run writes them again."""

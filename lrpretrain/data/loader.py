@@ -29,8 +29,10 @@ from lrpretrain.data.sources import (
 )
 from lrpretrain.data.tokenizer import Tokenizer
 from lrpretrain.data.turns import Turns
-from lrpretrain.errors import ConfigError, DataError, Problem
+from lrpretrain.errors import ConfigError, DataError, LrpretrainError, Problem, Stopped
 from lrpretrain.sharding.procs import Procs
+
+LOOK_S = 1.0
 
 T = TypeVar("T")
 
@@ -45,8 +47,8 @@ class Batch:
     """Non-pad tokens of the global batch."""
     targets: int
     """Ids that the loss is taken over, in the global batch: the non-pad ones but the first of each row."""
-    flags: int
-    """The largest of the flags that the processes passed to next()."""
+    flag: int
+    """The largest flag of the processes, as next() asked for them."""
 
 
 class Loader:
@@ -102,17 +104,19 @@ class Loader:
         self.dropped = 0
         self.wait_ms = 0.0
 
-    def next(self, flags: int = 0) -> Batch | None:
+    def next(self, flag: Callable[[], int] = int) -> Batch | None:
         """Return the next batch, or None, on all processes, where the data has ended.
 
-        ``flags`` (0 or more) is anything that the processes want to agree on in this step. Raises
-        DataError on all of them at the first batch for which a lane cannot be read.
+        ``flag`` tells what asks this process to stop, or 0. It is called with every exchange: once in a
+        step, and each second while a process waits for its data. Raises, on all processes, Stopped where
+        one is asked to stop while one waits, which loses no rows, and DataError at the first batch for
+        which a lane cannot be read.
         """
         self.wait_ms = 0.0
         slots: list[int] = []  # the lane of each sequence
         rows: dict[int, Ids] = {}  # those that are read here, by slot
         while len(slots) < self._size and not self._turns.ended:
-            lanes, closed = self._take_turns(self._size - len(slots))
+            lanes, closed = self._take_turns(self._size - len(slots), flag)
             for slot, lane in enumerate(lanes, len(slots)):
                 if lane in self._own:
                     row, self._positions[lane] = self._prefetch.take(lane)
@@ -127,7 +131,7 @@ class Loader:
             self.dropped += len(slots)
             return None
         ids = self._spread(slots, rows)
-        batch = self._agree(ids, flags)
+        batch = self._agree(ids, flag())
         self._saved = self._snapshot()
         return batch
 
@@ -143,41 +147,51 @@ class Loader:
         """End the threads that read ahead."""
         self._prefetch.close()
 
-    def _take_turns(self, need: int) -> tuple[list[int], list[int]]:
+    def _take_turns(self, need: int, flag: Callable[[], int]) -> tuple[list[int], list[int]]:
         """Return the lanes of the next sequences, as far as one exchange tells, and those that closed."""
         have, self._known = self._known, None
         if have is None:
             started = time.perf_counter()
-            have = self._ask(need)
+            have = self._ask(need, flag)
             self.wait_ms += (time.perf_counter() - started) * 1e3
         return self._turns.take(need, have)
 
-    def _ask(self, need: int) -> list[int]:
-        """Wait until all processes know how many of the next `need` rows each of their lanes has."""
-        counts: dict[int, int] | None = None
-        error: Exception | None = None
-        try:
-            counts = self._prefetch.count(self._own_of(self._turns.want(need)), wait=True)
-        except Exception as e:
-            error = e
-        told = self._procs.max([*self._by_lane(counts), error is not None])
-        if told[-1]:
-            raise_together(self._procs, error)
-        return [int(count) for count in told[:-1]]
+    def _ask(self, need: int, flag: Callable[[], int]) -> list[int]:
+        """Wait until all processes know how many of the next `need` rows each of their lanes has.
 
-    def _agree(self, ids: Ids, flags: int) -> Batch:
-        """Exchange the one vector of a step: sums of the batch, flags, and the next plan's counts."""
+        A process that still waits says so each second: nobody sits in a collective that does not end.
+        """
+        want = self._own_of(self._turns.want(need))
+        while True:
+            counts: dict[int, int] | None = None
+            error: Exception | None = None
+            try:
+                counts = self._prefetch.count(want, wait_s=LOOK_S)
+            except Exception as e:
+                error = e
+            unknown = counts is None
+            told = self._procs.max([*self._by_lane(counts), unknown, flag(), error is not None]).tolist()
+            have, (unknown, flags, failed) = told[:-3], told[-3:]
+            if failed:
+                raise_together(self._procs, error)
+            if not unknown:
+                return have
+            if flags:
+                raise Stopped(flags)
+
+    def _agree(self, ids: Ids, flag: int) -> Batch:
+        """Exchange the one vector of a step: sums of the batch, the flag, and the next plan's counts."""
         full = ids != self._pad_id
         tokens, targets = np.zeros((2, self._procs.n_procs), np.int64)
         tokens[self._procs.proc], targets[self._procs.proc] = full.sum(), full[:, 1:].sum()
         want = [0] * len(self._turns.is_open) if self._turns.ended else self._turns.want(self._size)
-        counts = self._prefetch.count(self._own_of(want), wait=False)
-        # The largest entry is the only one, but for the flags: one reduction serves all.
-        told = self._procs.max([*self._by_lane(counts), counts is None, flags, *tokens, *targets]).tolist()
-        have, (unknown, flags), sums = told[: len(want)], told[len(want) :][:2], told[len(want) + 2 :]
+        counts = self._prefetch.count(self._own_of(want), wait_s=0)
+        # The largest entry is the only one, but for the flag: one reduction serves all.
+        told = self._procs.max([*self._by_lane(counts), counts is None, flag, *tokens, *targets]).tolist()
+        have, (unknown, flag), sums = told[: len(want)], told[len(want) :][:2], told[len(want) + 2 :]
         self._known = None if unknown else have
         half = len(sums) // 2
-        return Batch(ids, sum(sums[:half]), sum(sums[half:]), flags)
+        return Batch(ids, sum(sums[:half]), sum(sums[half:]), flag)
 
     def _spread(self, slots: list[int], rows: dict[int, Ids]) -> Ids:
         """Return this process's share of the batch (S/N, seq_len), swapping only what is too much."""
@@ -266,14 +280,14 @@ def together(procs: Procs, action: Callable[[], T]) -> T:
 
 
 def raise_together(procs: Procs, error: Exception | None) -> None:
-    """Raise this process's error, or DataError where another one has any; collective."""
+    """Raise DataError where a process has an error, or this process's own of ours; collective."""
     messages = [message for message in procs.gather(error and (str(error) or repr(error))) if message]
     if isinstance(error, OSError):  # a full disk, a file system that is gone
         raise DataError(f"{error}. Mend what keeps the data from being read, and start again.") from error
-    if error is not None:
+    if isinstance(error, LrpretrainError):
         raise error
     if messages:
-        raise DataError("\n".join(dict.fromkeys(messages)))
+        raise DataError("\n".join(dict.fromkeys(messages))) from error
 
 
 def _identity(source: Source, data: DataConfig, seed: int, procs: Procs) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
@@ -54,12 +55,13 @@ class Prefetch:
         for thread in self._threads:
             thread.start()
 
-    def count(self, want: dict[int, int], *, wait: bool) -> dict[int, int] | None:
+    def count(self, want: dict[int, int], *, wait_s: float) -> dict[int, int] | None:
         """Return how many of the wanted rows each lane has left in its pass.
 
-        With `wait`, returns when that is known, and raises what kept a lane from being read;
-        without, returns None where it is not known now.
+        Waits until that is known, and raises what kept a lane from being read; returns None where neither
+        has happened after `wait_s`.
         """
+        until = time.monotonic() + wait_s
         with self._lock:
             for lane, rows in want.items():
                 self._queues[lane].goal = self._ahead * max(rows, self._share)
@@ -67,11 +69,12 @@ class Prefetch:
             for lane, rows in want.items():
                 queue = self._queues[lane]
                 while queue.rows(rows) is None:
-                    if not wait:
+                    left_s = until - time.monotonic()
+                    if left_s <= 0:
                         return None
                     if queue.error:
                         raise queue.error
-                    self._filled.wait()
+                    self._filled.wait(left_s)
             return {lane: self._queues[lane].rows(rows) or 0 for lane, rows in want.items()}
 
     def take(self, lane: int) -> Item:
@@ -92,12 +95,12 @@ class Prefetch:
     def _work(self) -> None:
         while (queue := self._next_to_fill()) is not None:
             items: list[Item] = []
-            error = None
+            error: Exception | None = None
             try:
                 for item in islice(queue.lane, self._share):
                     items.append(item)
-            except Exception as e:
-                error = e
+            except BaseException as e:  # such as a panic in the Rust of a tokenizer
+                error = e if isinstance(e, Exception) else RuntimeError(repr(e))
             with self._lock:
                 queue.items.extend(items)
                 queue.error, queue.busy = error, False

@@ -32,6 +32,7 @@ def build_engine(
     engine = kind(model, procs, device, pad_id, mask)
     if isinstance(engine, FSDP):
         engine.compute = dtypes[config.precision.compute]
+        engine.reduce = dtypes[config.precision.reduce]
         engine.accumulate_unsharded = config.engine.accumulate_unsharded
         engine.replicas = config.engine.replicas
         engine.reshard_after_forward = config.engine.reshard_after_forward

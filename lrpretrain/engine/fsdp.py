@@ -19,6 +19,7 @@ class FSDP(Engine):
     """Every decoder block is a unit of its own; embeddings, the last norm and the head are the root's."""
 
     compute: torch.dtype = torch.float32
+    reduce: torch.dtype = torch.float32
     accumulate_unsharded: bool = False
     replicas: int = 1
     reshard_after_forward: bool = True
@@ -39,8 +40,7 @@ class FSDP(Engine):
             fits = names[param] in self.by_columns and param.shape[1] % shards == 0
             return Shard(1) if fits else None
 
-        # Reduction in float32: gradients rounded before they are added up cost accuracy, the wires are fast.
-        policy = MixedPrecisionPolicy(param_dtype=self.compute, reduce_dtype=torch.float32)
+        policy = MixedPrecisionPolicy(param_dtype=self.compute, reduce_dtype=self.reduce)
         blocks, reshard = list(self.model.model.layers), self.reshard_after_forward
         for block in blocks:
             fully_shard(

@@ -129,6 +129,7 @@ def from_pretrained(
     with torch.no_grad():
         for name, param in model.named_parameters():
             param.copy_(files.read(name, slice(None)))
+    model.set_attn_implementation("sdpa")  # which heeds masks of padding
     return model
 
 

@@ -43,14 +43,16 @@ def adam_direction(
         torch._foreach_mul_(exp_avg_sq, beta2)
         torch._foreach_addcmul_(exp_avg_sq, g, g, 1 - beta2)
     else:
-        towards = [torch.where(sound, x, m) for x, m in zip(g, exp_avg, strict=True)]
-        torch._foreach_lerp_(exp_avg, towards, 1 - beta1)
-        towards = [torch.where(sound, x.square(), v) for x, v in zip(g, exp_avg_sq, strict=True)]
-        torch._foreach_lerp_(exp_avg_sq, towards, 1 - beta2)
-        del towards
+        pairs = zip(g, exp_avg, strict=True), zip(g, exp_avg_sq, strict=True)
+        torch._foreach_lerp_(exp_avg, [torch.where(sound, x, m) for x, m in pairs[0]], 1 - beta1)
+        squares = [torch.where(sound, x.square(), v) for x, v in pairs[1]]
+        torch._foreach_lerp_(exp_avg_sq, squares, 1 - beta2)
+        del squares  # no more than two tensors of each gradient's size at a time
     root = torch._foreach_sqrt(exp_avg_sq)
     torch._foreach_add_(root, hp["eps"])
-    return counted(list(torch._foreach_div(exp_avg, root)), hp)
+    N = list(torch._foreach_div(exp_avg, root))
+    del root
+    return counted(N, hp)
 
 
 def counted(changes: list[Tensor], hp: Group) -> list[Tensor]:

@@ -6,12 +6,15 @@ weights go through the engine and the algebra.
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 import torch.distributed as dist
+
+from lrpretrain.errors import Stopped
 
 Ints = npt.NDArray[np.int64]
 
@@ -20,13 +23,14 @@ class Procs:
     """This process among the processes of the run.
 
     Every method is a collective: all processes must call it, in the same order. With one
-    process nothing is communicated. The default process group must serve CPU tensors
-    (``init_process_group("cpu:gloo,cuda:nccl")``).
+    process nothing is communicated. The process group (the default one without ``group``) must serve
+    CPU tensors (``init_process_group("cpu:gloo,cuda:nccl")``).
     """
 
-    def __init__(self, proc: int = 0, n_procs: int = 1):
+    def __init__(self, proc: int = 0, n_procs: int = 1, group: dist.ProcessGroup | None = None):
         self.proc = proc
         self.n_procs = n_procs
+        self.group = group
 
     @classmethod
     def of_default_group(cls) -> Procs:
@@ -34,6 +38,12 @@ class Procs:
         if dist.is_available() and dist.is_initialized():
             return cls(dist.get_rank(), dist.get_world_size())
         return cls()
+
+    def apart(self, timeout_s: float) -> Procs:
+        """Return the same processes with a group of their own, whose messages another thread may exchange."""
+        timeout = timedelta(seconds=timeout_s)
+        group = dist.new_group(backend="gloo", timeout=timeout) if self.n_procs > 1 else None
+        return Procs(self.proc, self.n_procs, group)
 
     @property
     def is_first(self) -> bool:
@@ -47,12 +57,17 @@ class Procs:
         """Return the largest of each entry of a vector of integers over the processes."""
         return self._reduce(values, dist.ReduceOp.MAX)
 
+    def agree(self, flag: int) -> None:
+        """Raise Stopped on all processes, with the largest flag, where one of them passes any but 0."""
+        if largest := int(self.max([flag])[0]):
+            raise Stopped(largest)
+
     def gather(self, thing: Any) -> list[Any]:
         """Return what each process passed, in the order of the processes, on all of them."""
         if self.n_procs == 1:
             return [thing]
         things: list[Any] = [None] * self.n_procs
-        dist.all_gather_object(things, thing)
+        dist.all_gather_object(things, thing, self.group)
         return things
 
     def swap(self, rows: dict[int, Ints], width: int) -> Ints:
@@ -74,17 +89,18 @@ class Procs:
             torch.from_numpy(np.concatenate(sent).reshape(-1)),
             [part.numel() for part in arriving],
             [part.size for part in sent],
+            group=self.group,
         )
         return flat.view(-1, width).numpy()
 
     def barrier(self) -> None:
         """Wait until all processes are here."""
         if self.n_procs > 1:
-            dist.all_reduce(torch.zeros(1))
+            dist.all_reduce(torch.zeros(1), group=self.group)
 
     def _reduce(self, values: npt.ArrayLike, op: Any) -> Ints:
         vector = np.array(values, dtype=np.int64)
         if self.n_procs > 1:
             tensor = torch.from_numpy(vector)
-            dist.all_reduce(tensor, op)
+            dist.all_reduce(tensor, op, self.group)
         return vector

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
@@ -13,7 +14,7 @@ from lrpretrain.artifacts.metrics import perplexity
 from lrpretrain.data.loader import Loader
 from lrpretrain.data.tokenizer import Tokenizer
 from lrpretrain.engine import Engine
-from lrpretrain.errors import DataError
+from lrpretrain.errors import DataError, Stopped
 
 SAMPLE_TOKENS = 24
 
@@ -31,16 +32,25 @@ class Evaluator:
         self._rows: list[npt.NDArray[np.integer]] | None = None
         self._targets = 0
 
-    def evaluate(self, engine: Engine, biased: bool = False) -> dict[str, float]:
+    def evaluate(
+        self, engine: Engine, flag: Callable[[], int] = int, biased: bool = False
+    ) -> dict[str, float]:
         """Return the token-weighted mean loss (nats), perplexity and seconds. All processes must call it.
 
-        `biased` adds what the authors' scripts make of the same micro-batches; it takes a single process.
+        Raises Stopped on all of them at the first global batch at which the `flag` of one is not 0. `biased`
+        adds what the authors' scripts make of the same micro-batches; it takes a single process.
         """
         began = time.perf_counter()
         if self._rows is None:
-            self._read()
-        micros = [ids for rows in self._rows or [] for ids in split(rows, self._micro_batch)]
-        sums = torch.stack([engine.loss_sum(ids).double() for ids in micros])
+            self._read(flag)
+        micros: list[Tensor] = []
+        losses: list[Tensor] = []
+        for rows in self._rows or []:
+            engine.procs.agree(flag())
+            for ids in split(rows, self._micro_batch):
+                micros.append(ids)
+                losses.append(engine.loss_sum(ids).double())
+        sums = torch.stack(losses)
         loss = float(engine.total(sums.sum())) / self._targets
         seconds = time.perf_counter() - began
         values = {
@@ -55,9 +65,11 @@ class Evaluator:
             values |= {"valid/biased_loss": loss, "valid/biased_ppl": perplexity(loss)}
         return values
 
-    def _read(self) -> None:
+    def _read(self, flag: Callable[[], int]) -> None:
         self._rows, tokens = [], 0
-        while tokens < self._budget and (batch := self._loader.next()) is not None:
+        while tokens < self._budget and (batch := self._loader.next(flag)) is not None:
+            if batch.flag:
+                raise Stopped(batch.flag)
             self._rows.append(batch.ids.astype(np.int32))
             self._targets += batch.targets
             tokens += batch.tokens

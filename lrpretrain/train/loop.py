@@ -15,11 +15,12 @@ import torch
 from lrpretrain.artifacts import checkpoint
 from lrpretrain.artifacts.metrics import Metrics, say
 from lrpretrain.artifacts.rundir import RunDir
+from lrpretrain.artifacts.saver import Saver
 from lrpretrain.config import Config
 from lrpretrain.data.loader import Batch, Loader
 from lrpretrain.data.tokenizer import Tokenizer
 from lrpretrain.engine import Engine, Step
-from lrpretrain.errors import EXIT_STOPPED, ConfigError, DataError, Problem, UnsoundError
+from lrpretrain.errors import ConfigError, DataError, LrpretrainError, Problem, Stopped, UnsoundError
 from lrpretrain.sharding.procs import Procs
 from lrpretrain.train.evaluate import Evaluator, continue_prompt, split
 from lrpretrain.train.guard import Guard
@@ -30,11 +31,12 @@ from lrpretrain.train.schedule import lr_ratio
 
 @dataclass
 class Progress:
-    """How far a run is: optimizer steps done, non-pad tokens seen, and the step of its last checkpoint."""
+    """How far a run is: optimizer steps done, and non-pad tokens seen."""
 
     step: int = 0
     tokens: int = 0
-    saved: int | None = None
+    owes_evaluation: bool = True
+    """Whether the evaluation at this step is still to be done."""
     skipped: int = 0
     """Steps that were not sound and changed nothing, of those that were done."""
     skipped_in_a_row: int = 0
@@ -58,38 +60,50 @@ class Trainer:
     progress: Progress = field(default_factory=Progress)
 
     def __post_init__(self) -> None:
-        train = self.config.train
+        train, folder = self.config.train, self.run_dir.checkpoints
         losses = self.progress.losses
         self._judge = Judge(train.spike_window, train.spike_sigmas, self.engine.device, losses)
         self._unseen: tuple[int, Step] | None = None  # a step, and its number, of which the host knows no end
+        keep = train.keep_checkpoints, train.keep_every
+        timeout_s, saved = self.config.engine.timeout_s, self.progress.step
+        self._saver = Saver(folder, self.procs, timeout_s, *keep, train.async_save, saved=saved)
 
-    def train(self) -> int:
-        """Train to the last step; return the exit code: 0, or 75 when a signal stopped it, checkpoint saved.
+    def train(self) -> None:
+        """Train to the last step.
 
-        Raises DataError where the data ends early or breaks, and UnsoundError after a step that was not sound
-        and changed nothing; with a checkpoint saved.
+        Raises Stopped where the guard of a process asked for that, DataError where the data ends early or
+        breaks, and UnsoundError after a step that was not sound and changed nothing, all with a checkpoint
+        saved; and CheckpointError where that, or the last one of the run, cannot be written.
         """
         steps = self.config.train.profile_steps if self.procs.is_first else 0
         try:
             with recorder(self.run_dir.path / "profile", self.config.train.profile_from, steps) as record:
-                return self._train(record)
-        except (DataError, UnsoundError):
-            if self.progress.step not in (0, self.progress.saved):
-                self.save()
-            raise
+                self._train(record)
+        except LrpretrainError as error:  # which all processes meet together
+            self._saver.wait()
+            if isinstance(error, DataError | Stopped | UnsoundError):
+                try:
+                    self._see()  # of the last step, too
+                except UnsoundError as unsound:
+                    error = error if isinstance(error, UnsoundError) else unsound
+                if self.progress.step != self._saver.saved:
+                    self.save(last=True)
+            raise error
 
-    def _train(self, record: Callable[[int], None]) -> int:
+    def _train(self, record: Callable[[int], None]) -> None:
         train, progress = self.config.train, self.progress
-        if progress.step == 0 and self.evaluator is not None:
+        if self.evaluator is not None and progress.owes_evaluation:
             self._log(self._evaluate())
+            if progress.step == train.steps:  # a run that was stopped in its last evaluation
+                self.save(last=True)
         while progress.step < train.steps:
             batch = self._next_batch()
             step = self._step(batch)
             record(progress.step)
             last = progress.step == train.steps
-            stops = bool(batch.flags) and not last
-            evaluates = train.eval_every > 0 and not stops and (last or progress.step % train.eval_every == 0)
-            saves = stops or last or (train.save_every > 0 and progress.step % train.save_every == 0)
+            stops = bool(batch.flag) and not last
+            evaluates = progress.owes_evaluation and not stops
+            saves = last or (train.save_every > 0 and progress.step % train.save_every == 0)
             logs = evaluates or stops or last or progress.step % train.log_every == 0
             if saves or logs:
                 self._see()
@@ -100,15 +114,19 @@ class Trainer:
                     "train/grad_norm": step.grad_norm,
                     "train/skipped": progress.skipped,
                 }
-                self._log(values | (self._evaluate() if evaluates else {}))
-            if saves:
-                self.save()
+                self._log(values | (self._evaluate(values) if evaluates else {}))
             if stops:
-                return EXIT_STOPPED
-        return 0
+                raise Stopped(batch.flag)
+            if saves:
+                self.save(last=last)
+                if not last:
+                    self.procs.agree(self.guard.flag())  # or the next step would save again
 
-    def save(self) -> Path:
-        """Write a checkpoint of this step, and remove the oldest beyond train.keep_checkpoints."""
+    def save(self, *, last: bool = False) -> None:
+        """Begin to write a checkpoint of this step; the `last` one of a process is written on return.
+
+        Raises CheckpointError if the last one cannot be written; others that cannot are reported only.
+        """
         began = time.perf_counter()
         run = {
             "step": self.progress.step,
@@ -116,24 +134,22 @@ class Trainer:
             "skipped": self.progress.skipped,
             "skipped_in_a_row": self.progress.skipped_in_a_row,
             "losses": self._judge.losses(),
+            "owes_evaluation": self.progress.owes_evaluation,
             "data": self.loader.state_dict(),
             "random": base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode(),
             "config": asdict(self.config),
             "tokenizer": self.tokenizer.identity,
         }
-        path = checkpoint.save(self.run_dir.checkpoints, self.engine.pieces(), run, self.procs)
-        self.progress.saved = self.progress.step
+        self._saver.save(self.engine.pieces(), run, last=last)
+        self.guard.saved(self._saver.took_s)
         if self.procs.is_first:
-            checkpoint.keep_newest(self.run_dir.checkpoints, self.config.train.keep_checkpoints)
             self.run_dir.write_status("running", self.progress.step)
-            say(f"saved {path} in {time.perf_counter() - began:.1f} s")
         if self.metrics is not None:
             self.metrics.pause(time.perf_counter() - began)
-        return path
 
     def _next_batch(self) -> Batch:
-        """Return the next global batch; agree on stopping by its flags."""
-        batch = self.loader.next(flags=int(self.guard.wants_stop))
+        """Return the next global batch; agree on stopping by its flag."""
+        batch = self.loader.next(self.guard.flag)
         if batch is None:
             raise DataError(
                 f"the data ended after {self.progress.step} of {self.config.train.steps} steps"
@@ -156,17 +172,22 @@ class Trainer:
         )
         progress.step += 1
         progress.tokens += batch.tokens
+        due = progress.step == train.steps or (train.eval_every and progress.step % train.eval_every == 0)
+        progress.owes_evaluation = bool(due) and self.evaluator is not None
         if self.metrics is not None:
             self.metrics.count(batch.tokens, self.loader.wait_ms, step.update)
-        self._see()
-        self._unseen = progress.step, step
+        self._see((progress.step, step))
         return step
 
-    def _see(self) -> None:
-        """See what came of the last step not seen yet. Raises UnsoundError if the run shall stop for it."""
-        if self._unseen is None:
+    def _see(self, following: tuple[int, Step] | None = None) -> None:
+        """See what came of the step not seen yet, and then keep the `following` one for the next time.
+
+        Raises UnsoundError if the run shall stop for it.
+        """
+        unseen, self._unseen = self._unseen, following
+        if unseen is None:
             return
-        (number, step), self._unseen = self._unseen, None
+        number, step = unseen
         train, progress = self.config.train, self.progress
         if step.sound:
             progress.skipped_in_a_row = 0
@@ -187,9 +208,16 @@ class Trainer:
             f"{said}; nothing was updated, and the checkpoint goes on with the next batch. {remedy}"
         )
 
-    def _evaluate(self) -> dict[str, float]:
+    def _evaluate(self, trained: dict[str, float] | None = None) -> dict[str, float]:
+        """Return what was measured. Stopped on the way, log what was `trained`."""
         assert self.evaluator is not None
-        values = self.evaluator.evaluate(self.engine)
+        try:
+            values = self.evaluator.evaluate(self.engine, self.guard.flag)
+        except Stopped:
+            if trained is not None:
+                self._log(trained)
+            raise
+        self.progress.owes_evaluation = False
         if self.metrics is not None:
             self.metrics.pause(values["perf/eval_s"])
         return values
@@ -198,7 +226,7 @@ class Trainer:
         prompt = self.config.train.prompt if "valid/loss" in values else None
         began = time.perf_counter()
         text = None if prompt is None else continue_prompt(self.engine, self.tokenizer, prompt)
-        values |= self.engine.optimizer.pop_metrics(self.procs)
+        values |= self.engine.optimizer.pop_metrics(self.procs) | self._saver.pop_metrics()
         if self.metrics is not None:
             self.metrics.pause(time.perf_counter() - began)
             values["mem/optim_gib"] = self.engine.optimizer_bytes() / 2**30
@@ -225,9 +253,9 @@ IDENTITY = (
 def resume(
     path: Path, engine: Engine, config: Config, procs: Procs, tokenizer: Tokenizer
 ) -> tuple[Progress, dict[str, Any]]:
-    """Read a checkpoint into the engine; return the progress and the data's position.
+    """Read a checkpoint that was checked into the engine; return the progress and the data's position.
 
-    Raises CheckpointError for one that is damaged or of another model, ConfigError for one whose run was
+    Raises CheckpointError for one of another model, ConfigError for one whose run was
     configured otherwise in what cannot change on the way.
     """
     run = checkpoint.read_run(path)
@@ -241,15 +269,15 @@ def resume(
             problems.append(Problem(key, now, f"the checkpoint {path} was written with {then!r}", remedy))
     if problems:
         raise ConfigError(problems)
-    checkpoint.load(path, engine.pieces(), procs)
+    checkpoint.load(path, engine.pieces(), procs, checked=True)
     engine.publish()
-    if run["step"] >= config.train.steps:
+    if run["step"] >= config.train.steps and not run["owes_evaluation"]:
         reason = f"{path} is at step {run['step']} already"
         raise ConfigError([Problem("train.steps", config.train.steps, reason, "Raise it")])
     torch.set_rng_state(torch.frombuffer(bytearray(base64.b64decode(run["random"])), dtype=torch.uint8))
-    progress = Progress(saved=run["step"])
-    for key in ("step", "tokens", "skipped", "skipped_in_a_row", "losses"):
-        setattr(progress, key, run.get(key, getattr(progress, key)))  # older checkpoints know fewer
+    progress = Progress()
+    for key in vars(progress):
+        setattr(progress, key, run[key])
     return progress, run["data"]
 
 

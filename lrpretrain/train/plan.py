@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import shutil
 from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -16,7 +20,15 @@ from lrpretrain.model import llama
 from lrpretrain.model.lowrank import initial_factor
 from lrpretrain.model.pretrained import Pretrained
 from lrpretrain.optim import groups
+from lrpretrain.sharding.placement import PLACEMENTS
+from lrpretrain.train import memory
 from lrpretrain.train.schedule import RESTARTING
+
+VARIANTS: list[tuple[Any, Any]] = [
+    ("adamw", "auto"),
+    *itertools.product(groups.PROJECTED, PLACEMENTS),
+    ("loro", "auto"),
+]
 
 
 def problems(config: Config, n_procs: int) -> list[Problem | str]:
@@ -66,13 +78,19 @@ def check(config: Config, n_procs: int) -> list[Problem | str]:
         section, name = key.split(".")
         refuse(getattr(getattr(config, section), name) < 1, key, "must be at least 1", "Raise it")
     for key in [
-        *"train.eval_every train.save_every train.keep_checkpoints train.warmup_steps".split(),
-        *"train.restart_warmup_steps train.profile_steps model.loss_chunk engine.prefetch_blocks".split(),
-        *"train.max_skipped train.spike_sigmas".split(),
+        *"train.eval_every train.save_every train.keep_checkpoints train.keep_every".split(),
+        *"train.warmup_steps train.restart_warmup_steps train.profile_steps".split(),
+        *"model.loss_chunk engine.prefetch_blocks train.max_skipped train.spike_sigmas".split(),
     ]:
         section, name = key.split(".")
         refuse(getattr(getattr(config, section), name) < 0, key, "must not be negative", "0 turns it off")
     refuse(train.spike_window < 2, "train.spike_window", "has no deviation", "Raise it to 2 or more")
+    refuse(
+        train.keep_every > 0 and (not train.save_every or train.keep_every % train.save_every != 0),
+        "train.keep_every",
+        f"is no multiple of train.save_every={train.save_every}",
+        "Use a multiple, of a train.save_every above 0",
+    )
     refuse(train.profile_from < 0, "train.profile_from", "must not be negative", "0 records the first steps")
     refuse(
         train.profile_steps > 0 and train.profile_from >= train.steps,
@@ -84,7 +102,7 @@ def check(config: Config, n_procs: int) -> list[Problem | str]:
         number = getattr(optim, key.removeprefix("optim."))
         refuse(number is not None and number < 1, key, "must be at least 1", "Raise it, or leave it out")
     positive = "optim.lr optim.lr_regular optim.eps optim.scale optim.adapter_alpha engine.timeout_s"
-    for key in [*positive.split(), "data.hub_patience_s"]:
+    for key in [*positive.split(), "data.hub_patience_s", "run.time_limit_s"]:
         section, name = key.split(".")
         number = getattr(getattr(config, section), name)
         fits = number is None or (number > 0 and math.isfinite(number))
@@ -209,6 +227,12 @@ def check(config: Config, n_procs: int) -> list[Problem | str]:
         "precision.compute",
         f"is not supported over precision.params={precision.params} with engine.kind={engine.kind}",
         "Use bfloat16 over float32 with engine.kind=fsdp or zero (one process will do), or the same for both",
+    )
+    refuse(
+        precision.reduce == "bfloat16" and (engine.kind != "fsdp" or precision.compute == "float32"),
+        "precision.reduce",
+        "is for bfloat16 arithmetic with engine.kind=fsdp",
+        'Leave it out; under ZeRO write "communication_data_type": "bf16" into engine.ds_config',
     )
     refuse(
         optim.mode != "weightnorm" and optim.rule != "gradnormlorp",
@@ -346,9 +370,37 @@ def describe(config: Config, n_procs: int) -> str:
             + (f", {trained:,} of them trained" if trained < total else ""),
             f"optimizer state: {' + '.join(f'{key} {count:,}' for key, count in state.items())}"
             f" = {state.total():,} numbers, {state.total() / total:.2f} a parameter",
+            *memory.describe(config, model, n_procs),
             *([ds_config.describe(config, n_procs)] if config.engine.kind == "zero" else []),
         ]
     )
+
+
+def table(config: Config, n_procs: Sequence[int]) -> str:
+    """Return a Markdown table of memory by rule, placement and number of processes, all else as configured.
+
+    A step has one micro-batch of a row; `seeded` draws random bases. A rule that the configuration does not
+    suit is left out. Raises ConfigError if the configuration itself cannot work.
+    """
+    if found := problems(_one_micro_batch(config, n_procs[0]), n_procs[0]):
+        raise ConfigError(found)
+    header = ["GiB", *(f"{n}: {column}" for n in n_procs for column in memory.COLUMNS)]
+    rows = [header, ["---", *["---:"] * (len(header) - 1)]]
+    for rule, placement in VARIANTS:
+        subspace = "random" if placement == "seeded" else config.optim.subspace
+        optim = replace(config.optim, rule=rule, placement=placement, subspace=subspace)
+        row = [f"{rule} {placement}" if rule in groups.PROJECTED else rule]
+        for n in n_procs:
+            point = _one_micro_batch(replace(config, optim=optim), n)
+            if not problems(point, n):
+                row += memory.row(point, llama.configured(point), n)
+        if len(row) == len(header):
+            rows.append(row)
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _one_micro_batch(config: Config, n_procs: int) -> Config:
+    return replace(config, train=replace(config.train, micro_batch=1, global_batch=n_procs))
 
 
 def flops_per_token(config: Config) -> float:

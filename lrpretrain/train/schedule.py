@@ -39,7 +39,7 @@ def lr_ratio(step: int, train: TrainConfig) -> float:
     if train.schedule == "wsd":
         decay = train.decay_steps or min(max(train.steps // 5, 1), train.steps - train.warmup_steps)
         left = train.steps - step
-        return 1.0 if left > decay else low + (1 - low) * left / decay
+        return 1.0 if left >= decay else low + (1 - low) * left / decay
     return low + (1 - low) * _wave(progress)
 
 

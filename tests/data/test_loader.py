@@ -13,7 +13,7 @@ from lrpretrain.config import Config, DataConfig
 from lrpretrain.data.lanes import Deal, Lane
 from lrpretrain.data.loader import Loader, build_loader
 from lrpretrain.data.sources import indexed
-from lrpretrain.errors import ConfigError, DataError
+from lrpretrain.errors import ConfigError, DataError, Stopped
 from lrpretrain.sharding.procs import Procs
 
 PAD, EOS = 0, 1
@@ -277,7 +277,7 @@ def test_rows_travel_only_where_a_reader_has_too_many(data):
 def test_flags_are_agreed_on(data):
     def run(procs):
         loader = make(procs, FEW, data, epochs=None)
-        flags = [loader.next(flags).flags for flags in (0, 3 * procs.proc, 0)]
+        flags = [loader.next(lambda flag=flag: flag).flag for flag in (0, 3 * procs.proc, 0)]
         assert loader.wait_ms >= 0
         loader.close()
         return flags
@@ -303,17 +303,51 @@ def test_broken_document_ends_all_processes_at_the_batch_that_needs_it(n_procs, 
     assert on(n_procs, run) == [(3, "t2, line 11: is broken. Mend it.", 9)] * n_procs
 
 
-def test_bug_in_a_thread_shows_where_it_happened_and_ends_the_others(data):
+class Panic(BaseException):
+    """What a bug in the Rust of a tokenizer raises."""
+
+
+@pytest.mark.parametrize("bug", [ZeroDivisionError("a bug"), Panic("a bug")])
+def test_bug_in_a_thread_shows_where_it_happened_and_ends_the_others(data, bug):
+    def read(*_):
+        raise bug
+
     def run(procs):
         source = Shards([[1] * 5] * 4)
         if procs.proc == 1:
-            source.read = lambda *_: 1 / 0
+            source.read = read
         return make(procs, source, data).next()
 
     own, other = on(2, run)[::-1]
-    assert isinstance(own, ZeroDivisionError)
+    assert own is bug or repr(own) == f"RuntimeError({repr(bug)!r})"
     assert isinstance(other, DataError)
-    assert "division" in str(other)
+    assert "a bug" in str(other)
+
+
+def test_processes_that_wait_for_data_stop_together_and_lose_nothing(data):
+    source, blocked = Shards([[1] * 20] * 4), Shards([[1] * 20] * 4)
+    gate = threading.Event()
+
+    def read(shard, start=0):
+        yield from islice(source.read(shard), 8)  # enough for two batches
+        gate.wait()
+
+    blocked.read = read
+
+    def run(procs):
+        loader = make(procs, blocked if procs.proc == 1 else source, data)
+        batches = drain(loader, 2)
+        with pytest.raises(Stopped) as stop:
+            loader.next(lambda: 7 * (procs.proc == 0))
+        gate.set()
+        loader.close()
+        return [batch.ids for batch in batches], loader.state_dict(), stop.value.flag
+
+    (first, state, flag), (second, _, other) = on(2, run)
+    assert flag == other == 7
+    ours = [rows(*parts) for parts in zip(first, second, strict=True)]
+    assert len(ours) == 2
+    assert ours + deliver(1, source, data, state=state)[0] == deliver(1, source, data)[0]
 
 
 @pytest.mark.parametrize("sequences", ["pad", "pack"])

@@ -1,7 +1,11 @@
-"""A GPU that torch cannot use is said, with both versions."""
+"""A GPU that torch cannot use is said, with both versions; processes find each other after a restart."""
+
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from lrpretrain.engine import device
 
@@ -44,3 +48,21 @@ def test_processes_come_from_the_launcher(monkeypatch):
     for name, value in (("RANK", "5"), ("WORLD_SIZE", "8"), ("LOCAL_RANK", "1")):
         monkeypatch.setenv(name, value)
     assert device.env_procs() == (5, 8, 1)
+
+
+@pytest.mark.parametrize("lost", [[0], [2], [1, 2]])
+def test_processes_that_start_again_do_not_meet_the_dead(lost):
+    """What those of earlier starts have left in the store, complete or not, misleads nobody."""
+    store, names = dist.HashStore(), []
+    for absent in ([], lost, [], lost, []):
+        timeout_s = 0.2 if absent else 10
+        store.set_timeout(timedelta(seconds=timeout_s))
+        present = [proc for proc in range(3) if proc not in absent]
+        with ThreadPoolExecutor(3) as pool:
+            calls = {proc: pool.submit(device.meet, store, proc, 3, timeout_s) for proc in present}
+        if absent:
+            assert calls[present[0]].exception() is not None
+        else:
+            (name,) = {call.result() for call in calls.values()}
+            names.append(name)
+    assert len(set(names)) == 3
