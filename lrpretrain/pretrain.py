@@ -11,10 +11,10 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -48,13 +48,16 @@ from lrpretrain.train.peers import Peers
 LAST_WORD_S = 3.0
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run a pretraining from its command line; return the exit code."""
+Reader = Callable[[Sequence[str]], tuple[Config, list[Problem | str]]]
+
+
+def main(argv: Sequence[str] | None = None, read: Reader = parse) -> int:
+    """Run a pretraining from its command line, as `read` understands it; return the exit code."""
     proc, n_procs, local_proc = env_procs()
     with Guard() as guard:
         guard.leave = lambda _: os._exit(EXIT_STOPPED)
         try:
-            config, problems = parse(sys.argv[1:] if argv is None else argv)
+            config, problems = read(sys.argv[1:] if argv is None else argv)
             problems += plan.problems(config, n_procs)
             if problems:
                 raise ConfigError(problems)
@@ -247,10 +250,11 @@ def _run(
             metrics.close()
 
 
-if __name__ == "__main__":
+def leave(run: Callable[[], int]) -> NoReturn:
+    """Run a training, and end the process with the exit code."""
     with Guard():  # to the end: the echo of a signal does not change the exit code
         try:
-            exit_code = main()
+            exit_code = run()
             if dist.is_initialized():
                 dist.destroy_process_group()
             if exit_code and env_procs()[0] != 0:
@@ -264,3 +268,7 @@ if __name__ == "__main__":
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(exit_code)
+
+
+if __name__ == "__main__":
+    leave(main)

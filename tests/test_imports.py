@@ -29,6 +29,7 @@ HEIGHTS = {
     "report": 4,
     "doctor": 4,
     "cli": 4,
+    "authors": 5,
 }
 
 

@@ -42,7 +42,8 @@ import torch
 from torch import Tensor
 
 from lrpretrain.errors import ConfigError
-from lrpretrain.optim.adamw import Group, adam, adam_direction, adamw, decay, step_sizes
+from lrpretrain.optim.adafactor import Adafactor, GaLoreAdafactor
+from lrpretrain.optim.adamw import Group, adam_direction, adamw, decay, step_sizes
 from lrpretrain.optim.galore import GaLore, projection_defaults
 from lrpretrain.optim.moments import KEYS
 from lrpretrain.optim.optimizer import ShardedOptimizer
@@ -85,14 +86,14 @@ class WeightNorm(GaLore):
             R = stretch[..., None] * (G @ P - radial[..., None] * (W @ P))  # (b, m', r)
         else:
             R = G.matmul(P, stretch) - W.matmul(P, stretch * radial)
-        (N,) = adam([R.to(P)], [s], hp)
+        N, steps = self.direction(R.to(P), W, s, hp)
         moments = [s["magnitude_exp_avg"]], [s["magnitude_exp_avg_sq"]]
         (n,) = adam_direction([grad_g], *moments, hp)
         etas = step_sizes(s["age"].tolist(), hp)
 
         moves = live if hp.get("sound") is None else live & hp["sound"]
         W.stretch(torch.where(moves, 1 / stretch, 1), dim)  # now W holds v
-        W.add_lowrank(N, P, [-eta * hp["scale"] for eta in etas])
+        W.add_lowrank(N, P, [-eta * hp["scale"] for eta in steps])
         moved = W.dot(W, dim).sqrt()
         torch._foreach_mul_(list(n), etas)
         g -= n * live
@@ -101,6 +102,22 @@ class WeightNorm(GaLore):
         norm.copy_(torch.where(moves, moved, norm))
         W.stretch(torch.where(moves, g / moved, 1), dim)
         decay([g], hp)
+
+
+class WeightNormAdafactor(WeightNorm, Adafactor):
+    """The rule in its mode `weightnorm` with Adafactor for the directions; magnitudes, vectors, keep Adam."""
+
+    decays = False
+
+    def update(self, W: Matrices, G: Matrices, s: dict[str, Tensor], hp: Group) -> None:
+        """Update a batch of whole matrices and its state in place. No communication."""
+        super().update(W, G, s, {**hp, "betas": (0.9, 0.999), "eps": 1e-6, "correct_bias": True})
+
+    def direction(
+        self, R: Tensor, W: Matrices, s: dict[str, Tensor], hp: Group
+    ) -> tuple[Tensor, list[float]]:
+        """Return Adafactor's step for R, its rate included, and ones; W is decayed later, as by Adam."""
+        return super().direction(R, W, s, {**hp, "weight_decay": 0.0})
 
 
 class LowRankWN(GaLore):
@@ -220,6 +237,12 @@ class GradNormLoRPAdamW(ShardedOptimizer):
             batch = {key: tensor[None] for key, tensor in s.items()}
             renormalised(W, v, G, batch, group, partial(adamw, [s["v"]], [h.grad], [s], undecayed))
             decay([h.weight, s["v"]], group)
+
+
+class GradNormLoRPAdafactor(GaLoreAdafactor):
+    """GradNormLoRP in its mode `weightnorm` with Adafactor; as `GaLoreAdafactor`, with a given `lr`."""
+
+    matrix_rule = WeightNormAdafactor
 
 
 def _rows(tensor: Tensor) -> Matrices:
