@@ -151,12 +151,14 @@ def _starts(config: Config, run_dir: RunDir) -> list[Path]:
         return checkpoint.complete(run_dir.checkpoints)
     path = Path(config.run.resume)
     checkpoint.read_manifest(path)
-    newest = next(iter(checkpoint.complete(run_dir.checkpoints)), path)
-    if path.resolve().parent == run_dir.checkpoints.resolve() and path.resolve() != newest.resolve():
-        reason = f"run.dir goes on to {newest.name}, which would be lost"
+    own = checkpoint.complete(run_dir.checkpoints)
+    if path.resolve().parent != run_dir.checkpoints.resolve():
+        return own or [path]
+    if path.resolve() != own[0].resolve():
+        reason = f"run.dir goes on to {own[0].name}, which would be lost"
         remedy = "Give another run.dir to go on from here, or remove the later checkpoints"
         raise ConfigError([Problem("run.resume", config.run.resume, reason, remedy)])
-    return checkpoint.complete(run_dir.checkpoints) or [path]
+    return [path]
 
 
 def _intact(starts: Sequence[Path], run_dir: RunDir, procs: Procs) -> Path | None:
