@@ -396,8 +396,8 @@ def _add_compare(tools) -> None:  # type: ignore[no-untyped-def]
         "write a table and curves; run again, it goes on (default: the recipe llama_toy_galore)"
     )
     tool = _add(tools, "compare", compare, about, usage=usage, allow_abbrev=False)
-    rules = "values of optim.rule (default: adamw,galore,gradnormlorp,loro)"
-    default = ["adamw", "galore", "gradnormlorp", "loro"]
+    default = ["adamw", "galore", "gradnormlorp", "loro", "factored"]
+    rules = f"values of optim.rule (default: {','.join(default)})"
     tool.add_argument(
         "--rules", type=lambda text: text.split(","), default=default, help=rules, metavar="X,X"
     )
