@@ -5,6 +5,7 @@ import functools
 import itertools
 import json
 import math
+import time
 import weakref
 from collections import Counter
 from dataclasses import replace
@@ -323,6 +324,15 @@ class Live(TorchDispatchMode):
         self.storages = {key: self.storages[key] for key in sizes}
         return sum(sizes.values())
 
+    def settled(self):
+        """Return the bytes once threads of gloo have let go of what they sent: the same for 0.3 s."""
+        least, since = self.bytes(), time.monotonic()
+        while time.monotonic() - since < 0.3:
+            time.sleep(0.02)
+            if (now := self.bytes()) < least:
+                least, since = now, time.monotonic()
+        return least
+
 
 TAKEN = [
     *[(rule, {}) for rule in RULES],
@@ -397,9 +407,9 @@ def peaks(folder, cases):
             engine = build_engine(config, procs, torch.device("cpu"), pad_id=0)
             for _ in range(3):
                 procs.barrier()
-                kept, live.peak = live.bytes(), 0
+                kept, live.peak = live.settled(), 0
                 engine.accumulate(rows, 30)
-                passes, ready, live.peak = live.peak, live.bytes(), 0
+                passes, ready, live.peak = live.peak, live.settled(), 0
                 engine.update(None, torch.tensor(True))
                 steps.append([kept, ready, passes, live.peak, max(passes, live.peak)])
         plan = memory.costs(config, llama.configured(config), procs.n_procs, gloo=True)
