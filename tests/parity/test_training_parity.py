@@ -6,9 +6,11 @@ import pytest
 from tiny import launch
 
 CASES = [*itertools.product(["galore", "adamw"], ["pad", "pack"]), ("gradnormlorp", "pack"), ("loro", "pack")]
+PROJECTED = [("galore", "pack"), ("loro", "pack")]
+WAYS_OF_FSDP = {"accumulate_unsharded": "true", "shard_columns": "false", "replicas": "2"}
 
 
-def lines(bench, n_procs, engine, **more):
+def lines(bench, n_procs, engine, cases=CASES, **more):
     return [
         bench.options(
             f"{rule}-{sequences}-{engine}{n_procs}{''.join(more)}",
@@ -19,7 +21,7 @@ def lines(bench, n_procs, engine, **more):
             # 12 sequences a step = 3 × 2 × 2 = 2 × 2 × 3 = 1 × 2 × 6: accumulation everywhere.
             **more,
         )
-        for rule, sequences in CASES
+        for rule, sequences in cases
     ]
 
 
@@ -29,8 +31,8 @@ def reference(bench):
     return {(rule, seq): bench.losses(f"{rule}-{seq}-local1") for rule, seq in CASES}
 
 
-def agree(bench, reference, n_procs, engine, more=""):
-    for rule, sequences in CASES:
+def agree(bench, reference, n_procs, engine, more="", cases=CASES):
+    for rule, sequences in cases:
         ours = bench.losses(f"{rule}-{sequences}-{engine}{n_procs}{more}")
         theirs = reference[rule, sequences]
         assert len(theirs) == 30
@@ -41,16 +43,14 @@ def agree(bench, reference, n_procs, engine, more=""):
 @pytest.mark.parametrize(("n_procs", "engines"), [(2, ["fsdp", "ddp"]), (3, ["fsdp"])])
 def test_losses_do_not_depend_on_the_layout(bench, reference, n_procs, engines):
     command_lines = [line for engine in engines for line in lines(bench, n_procs, engine)]
-    if n_procs == 2:
-        command_lines += lines(bench, 2, "fsdp", engine__accumulate_unsharded="true")
-        command_lines += lines(bench, 2, "fsdp", engine__shard_columns="false")
-        command_lines += lines(bench, 2, "fsdp", engine__replicas="2")
+    ways = WAYS_OF_FSDP if n_procs == 2 else {}
+    for option, value in ways.items():
+        command_lines += lines(bench, 2, "fsdp", PROJECTED, **{f"engine__{option}": value})
     assert launch(n_procs, command_lines) == [0] * len(command_lines)
     for engine in engines:
         agree(bench, reference, n_procs, engine)
-    if n_procs == 2:
-        for more in ("engine__accumulate_unsharded", "engine__shard_columns", "engine__replicas"):
-            agree(bench, reference, 2, "fsdp", more)
+    for option in ways:
+        agree(bench, reference, 2, "fsdp", f"engine__{option}", PROJECTED)
 
 
 @pytest.mark.slow
@@ -60,6 +60,7 @@ def test_losses_do_not_depend_on_replicated_shards(bench, reference):
     agree(bench, reference, 4, "fsdp", "engine__replicastrain__micro_batch")
 
 
+@pytest.mark.slow  # test_walk.py moves every rule; this one starts the command, whose batches go on alike
 def test_a_run_with_moments_of_eight_bits_goes_on_anywhere(bench):
     """On the same processes to the bit, on others to rounding."""
 
@@ -81,7 +82,9 @@ def test_a_run_with_moments_of_eight_bits_goes_on_anywhere(bench):
         bench.forget_after("eight-2", step)
 
 
-@pytest.mark.parametrize("rule", ["galore", "gradnormlorp", "loro"])
+@pytest.mark.parametrize(
+    "rule", ["galore", *(pytest.param(rule, marks=pytest.mark.slow) for rule in ("gradnormlorp", "loro"))]
+)
 def test_a_run_goes_on_with_another_engine_and_number_of_processes(bench, reference, rule):
     """Five steps on each, and on to the end."""
     moves = [("fsdp", 3, None), ("zero", 2, "zero3"), ("local", 1, None), ("zero", 3, "zero1")]
