@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from lrpretrain import __version__
-from lrpretrain.config import Config, to_yaml
+from lrpretrain.config import Config, FinetuneConfig, to_yaml
 from lrpretrain.errors import ConfigError, Problem
 
 
@@ -51,7 +51,13 @@ class RunDir:
                 [Problem("run.dir", str(self.path), "holds a run, which would be overwritten", remedy)]
             )
 
-    def describe(self, config: Config, n_procs: int, device: torch.device, tokenizer: Path | None) -> None:
+    def describe(
+        self,
+        config: Config | FinetuneConfig,
+        n_procs: int,
+        device: torch.device,
+        tokenizer: Path | None = None,
+    ) -> None:
         """Write config.yaml and environment.json, and a copy of the sentencepiece file, if there is one."""
         if tokenizer is not None and not self.tokenizer.exists():
             shutil.copyfile(tokenizer, self.tokenizer)
