@@ -1,4 +1,4 @@
-"""The tools beside training: `lrpretrain show | memory | doctor | bench | tokenize | export | eval | …`."""
+"""The tools beside training: `lrpretrain show | memory | doctor | bench | compare | export | eval | …`."""
 
 from __future__ import annotations
 
@@ -18,10 +18,13 @@ MODEL = "a checkpoint, a run folder for its newest one, or a model in the Huggin
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one tool; return its exit code: 0, 1 doctor, bench, 2 configuration, 3 data, disk, 4 checkpoint."""
+    """Run one tool; return its exit code: 0, 1 doctor, bench, 2 configuration, 3 data, disk, 4 checkpoint.
+
+    `compare` ends with 75 when a signal stops it.
+    """
     parser = build_parser()
     known, rest = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
-    if rest and known.run not in (show, memory, doctor, bench_train, evaluate):
+    if rest and known.run not in (show, memory, doctor, bench_train, compare, evaluate):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     known.overrides = rest
     logging.basicConfig(format="%(message)s")
@@ -119,6 +122,38 @@ def bench_train(args: argparse.Namespace) -> None:
         failed += [wrong] if wrong else []
     if failed:
         raise LrpretrainError("\n".join(failed))
+
+
+def compare(args: argparse.Namespace) -> None:
+    """Train several rules by one configuration, and report which is better."""
+    import torch
+
+    from lrpretrain import config, report
+    from lrpretrain.compare import BASE, VARIED, Comparison
+
+    given = {argument.partition("=")[0] for argument in args.overrides}
+    base = [] if "--config" in given else BASE
+    read, problems = config.parse([*base, *args.overrides], prog="lrpretrain compare")
+    varied = {key: option for key, option in VARIED.items() if f"--{key}" in given}
+    problems += [f"--{key} is varied here. Use {option}." for key, option in varied.items()]
+    n_procs = args.procs or (1 if read.engine.kind == "local" else torch.cuda.device_count() or 1)
+    comparison = Comparison(read, args.rules, args.lrs, args.seeds, args.out)
+    problems += [problem for problem in comparison.problems(n_procs) if problem not in problems]
+    if problems:
+        raise ConfigError(problems)
+    report.canvas()  # rather now than after the training
+    runs, failed = comparison.train(n_procs)
+    print(f"{report.write(runs, args.out)}\n\nwrote {args.out / 'report.md'} and report.png")
+    if failed:
+        raise LrpretrainError("\n".join(failed))
+
+
+def report_runs(args: argparse.Namespace) -> None:
+    """Report runs beside each other."""
+    from lrpretrain import report
+
+    runs = [report.read(path) for path in args.runs]
+    print(f"{report.write(runs, args.out)}\n\nwrote {args.out / 'report.md'} and report.png")
 
 
 def train_tokenizer(args: argparse.Namespace) -> None:
@@ -260,7 +295,7 @@ def build_parser() -> argparse.ArgumentParser:
         description="Tools around pretraining. `lrpretrain TOOL --help` explains one.",
         epilog="Training itself is `python -m lrpretrain.pretrain --help`. "
         "Exit codes: 0 done, 1 a check of the doctor or a measurement failed, 2 configuration, "
-        "3 data or disk, 4 checkpoint.",
+        "3 data or disk, 4 checkpoint, 75 stopped by a signal (compare).",
     )
     parser.add_argument("--version", action="version", version=__version__)
     tools = parser.add_subparsers(required=True, metavar="TOOL", title="tools")
@@ -268,6 +303,8 @@ def build_parser() -> argparse.ArgumentParser:
     _add_memory(tools)
     _add_doctor(tools)
     _add_bench(tools)
+    _add_compare(tools)
+    _add_report(tools)
     _add_tokenizer(tools)
     _add_tokenize(tools)
     _add_download(tools)
@@ -350,6 +387,49 @@ def _add_bench(tools) -> None:  # type: ignore[no-untyped-def]
     tool.add_argument("--procs", type=_count, help=procs)
     patience = "seconds that a variant has (default: %(default)s)"
     tool.add_argument("--patience_s", type=float, default=1800.0, help=patience)
+
+
+def _add_compare(tools) -> None:  # type: ignore[no-untyped-def]
+    usage = "lrpretrain compare [--config FILE] [options] [--section.field VALUE ...]"
+    about = (
+        "train rules by one configuration, each at the best of a few learning rates with several seeds, and "
+        "write a table and curves; run again, it goes on (default: the recipe llama_toy_galore)"
+    )
+    tool = _add(tools, "compare", compare, about, usage=usage, allow_abbrev=False)
+    default = ["adamw", "galore", "gradnormlorp", "loro", "factored"]
+    rules = f"values of optim.rule (default: {','.join(default)})"
+    tool.add_argument(
+        "--rules", type=lambda text: text.split(","), default=default, help=rules, metavar="X,X"
+    )
+    lrs = "values of optim.lr; the lowest seed chooses one for each rule (default: 0.003,0.01,0.03)"
+    tool.add_argument("--lrs", type=_numbers, default=[0.003, 0.01, 0.03], help=lrs, metavar="X,X")
+    seeds = "values of train.seed; the lowest for every learning rate, all for the best one (default: 0,1)"
+    tool.add_argument("--seeds", type=_seeds, default=[0, 1], help=seeds, metavar="N,N")
+    procs = "processes of a run (default: one for each GPU, or 1 on a CPU; 1 for engine.kind=local)"
+    tool.add_argument("--procs", type=_count, help=procs)
+    out = "folder of the report and of the run folders RULE_lrX_seedN (default: %(default)s)"
+    tool.add_argument("--out", type=Path, default=Path("runs/compare"), help=out)
+
+
+def _numbers(text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not numbers with commas between") from error
+
+
+def _seeds(text: str) -> list[int]:
+    if not all(part.isdecimal() for part in text.split(",")):
+        raise argparse.ArgumentTypeError(f"{text!r} is not whole numbers with commas between")
+    return [int(part) for part in text.split(",")]
+
+
+def _add_report(tools) -> None:  # type: ignore[no-untyped-def]
+    about = "write a table and curves of runs: a rule's with several seeds at the best learning rate"
+    tool = _add(tools, "report", report_runs, about)
+    tool.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folders")
+    out = "the folder to write (default: %(default)s)"
+    tool.add_argument("--out", type=Path, default=Path("runs/report"), help=out)
 
 
 def _add_tokenizer(tools) -> None:  # type: ignore[no-untyped-def]

@@ -77,17 +77,21 @@ class DataConfig:
 class OptimConfig:
     """Which optimizer."""
 
-    rule: Literal["adamw", "galore", "gradnormlorp", "loro"] = "galore"
-    """The update rule of the matched matrices; everything else is trained with AdamW."""
+    rule: Literal["adamw", "galore", "gradnormlorp", "loro", "factored", "sgd", "adafactor"] = "galore"
+    """The update rule of the matched matrices; everything else is trained with AdamW. For comparison:
+    factored (low-rank weights as for loro, under plain AdamW); sgd and adafactor (one process or ddp), which
+    train everything."""
     base: Literal["adamw", "adafactor"] = "adamw"
-    """galore: what runs in the subspace, and on all other parameters. adafactor (one process or ddp) keeps
-    the second moment as a row and a column and no first; optim.betas and optim.eps are those of adamw."""
+    """galore, gradnormlorp: what runs in the subspace, and on all other parameters. adafactor (one process or
+    ddp) keeps the second moment as a row and a column; optim.betas and optim.eps are those of adamw."""
     lr: float = 0.01
     """Peak learning rate."""
     lr_regular: float | None = None
     """Peak learning rate of the parameters that are not projected. Default: optim.lr."""
     betas: tuple[float, float] = (0.9, 0.999)
     """Decay of the two moments."""
+    momentum: float = 0.0
+    """sgd, adafactor: decay of the first moment. 0: none is kept."""
     eps: float = 1e-6
     """Added to the root of the second moment (not bias-corrected: the Hugging Face form of AdamW)."""
     weight_decay: float = 0.0
@@ -125,18 +129,21 @@ class OptimConfig:
     moments_at_refresh: Literal["keep", "reset", "rotate"] = "keep"
     """What becomes of the moments at a refresh."""
     moments: Literal["float32", "bfloat16", "int8"] | None = None
-    """What the moments are stored in. Default: the dtype of the parameter. int8 (galore, gradnormlorp), block
-    by block, is for projected gradients; the moments of other parameters then have the parameter's dtype."""
+    """What the moments are stored in. Default: the dtype of the parameter. int8, block by
+    block, is for projected gradients (galore, gradnormlorp), where the moments of other parameters then have
+    the parameter's dtype, and for all matrices with adamw (one process or ddp)."""
     basis: Literal["float32", "bfloat16"] | None = None
     """galore, gradnormlorp: what the bases are stored in. Default: the dtype of the parameter."""
     exact_every: int = 500
     """loro: updates between two exact steps. 0: none."""
     refresh_moments: Literal["all", "lrk", "reg", "none"] = "all"
     """loro: whose moments are zeroed after an exact step: all, the factors', the others', none."""
+    refresh_moments_every: int | None = None
+    """loro, factored: updates after which they are zeroed, instead of exact steps."""
     lr_scaler: float = -1.0
     """loro: factor of the learning rate in lazy steps; -1: rank / hidden size."""
     init: str = "xavier"
-    """loro: initial factors: xavier, auto, kaiming, orth, xavorth, randn_<std> or const_<value>."""
+    """loro, factored: initial factors: xavier, auto, kaiming, orth, xavorth, randn_<std> or const_<value>."""
     targets: list[str] = field(default_factory=lambda: ["*.self_attn.*_proj", "*.mlp.*_proj"])
     """Names of the linear layers that the rule applies to, with * as wildcard."""
 
@@ -169,18 +176,27 @@ class TrainConfig:
     async_save: bool = True
     """Wait only for a copy of the state to host memory, which is kept for the next save, and write the files
     beside the training."""
-    schedule: Literal["linear", "cosine", "wsd", "cosine_restart"] = "cosine"
-    """Shape of the learning rate after the warm-up."""
+    schedule: Literal["linear", "cosine", "wsd", "cosine_restart", "cosine_restart_zero"] = "cosine"
+    """Shape of the learning rate after the warm-up; cosine_restart is for loro: a ramp after each refresh."""
     warmup_steps: int = 1000
-    """Steps of linear warm-up from 0."""
+    """Steps of linear warm-up from 0; for cosine_restart from train.min_lr_ratio."""
     min_lr_ratio: float = 0.1
     """Learning rate at the end, as a ratio of the peak."""
     decay_steps: int | None = None
     """wsd: steps of the decay at the end. Default: a fifth of train.steps."""
     restart_every: int | None = None
-    """cosine_restart: steps between two restarts."""
+    """cosine_restart and _zero: steps between two ramps; for loro those between two refreshes of moments."""
     restart_warmup_steps: int = 5
-    """cosine_restart: steps of the ramp after a restart."""
+    """cosine_restart and _zero: steps of a ramp, from 1e-6 of the peak; for _zero from a tenth of its end."""
+    restart_at: Literal["refresh", "compat"] = "refresh"
+    """cosine_restart and _zero: refresh: a ramp follows every train.restart_every-th step; compat: LORO's
+    script, which counts from step train.peak_delay_steps once the warm-up is over: refreshes between have no
+    ramp."""
+    restart_in_warmup: bool = True
+    """cosine_restart and _zero: whether there are ramps in the warm-up (false: lr_jag_after_warmup)."""
+    peak_delay_steps: int = 0
+    """cosine_restart and _zero: steps from the end of the warm-up to the peak. The cosine is drawn so much
+    later, and ends that much early (LORO's lr_adjust_steps, which is negative)."""
     clip_norm: float | None = None
     """Largest norm of the raw gradient (default: no clipping)."""
     unsound: Literal["stop", "skip"] = "stop"
@@ -247,7 +263,8 @@ class RunConfig:
     dir: str = "runs/default"
     """The run folder."""
     resume: str = "auto"
-    """auto: from the newest intact checkpoint of run.dir, if any; never; or a checkpoint's path."""
+    """auto: from the newest intact checkpoint of run.dir, if any; never; or the path of a checkpoint, such as
+    one of another run, from which this one starts; it goes on from its own once it has any."""
     time_limit_s: float | None = None
     """Seconds after the start of the process (or of its torchrun) by which the run has stopped with a
     checkpoint, exit code 75. For that it leaves twice the time of the longest step and of the last save; or,

@@ -48,11 +48,14 @@ from lrpretrain.train.peers import Peers
 LAST_WORD_S = 3.0
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run a pretraining from its command line; return the exit code."""
+Reader = Callable[[Sequence[str]], tuple[Config, list[Problem | str]]]
+
+
+def main(argv: Sequence[str] | None = None, read: Reader = parse) -> int:
+    """Run a pretraining from its command line, as `read` understands it; return the exit code."""
 
     def train(guard: Guard) -> int:
-        config, problems = parse(sys.argv[1:] if argv is None else argv)
+        config, problems = read(sys.argv[1:] if argv is None else argv)
         problems += plan.problems(config, env_procs()[1])
         if problems:
             raise ConfigError(problems)
@@ -177,9 +180,11 @@ def find_starts(config: Config, run_dir: RunDir) -> list[Path]:
         return checkpoint.complete(run_dir.checkpoints)
     path = Path(config.run.resume)
     checkpoint.read_manifest(path)
-    newest = next(iter(checkpoint.complete(run_dir.checkpoints)), path)
-    if path.resolve().parent == run_dir.checkpoints.resolve() and path.resolve() != newest.resolve():
-        reason = f"run.dir goes on to {newest.name}, which would be lost"
+    own = checkpoint.complete(run_dir.checkpoints)
+    if path.resolve().parent != run_dir.checkpoints.resolve():
+        return own or [path]
+    if path.resolve() != own[0].resolve():
+        reason = f"run.dir goes on to {own[0].name}, which would be lost"
         remedy = "Give another run.dir to go on from here, or remove the later checkpoints"
         raise ConfigError([Problem("run.resume", config.run.resume, reason, remedy)])
     return [path]
@@ -211,7 +216,7 @@ def find_intact(starts: Sequence[Path], run_dir: RunDir, procs: Procs) -> Path |
 def is_complete(path: Path, config: Config) -> bool:
     """Say whether a checkpoint is of the last step, and that was evaluated."""
     at_end = bool(checkpoint.read_manifest(path)["step"] >= config.train.steps)
-    return at_end and not checkpoint.read_run(path).get("owes_evaluation")
+    return at_end and not checkpoint.read_run(path)["owes_evaluation"]
 
 
 def _run(
@@ -276,11 +281,11 @@ def _run(
             metrics.close()
 
 
-def leave(train: Callable[[], int]) -> NoReturn:
-    """End the process with the exit code of a training command."""
+def leave(run: Callable[[], int]) -> NoReturn:
+    """Run a training, and end the process with the exit code."""
     with Guard():  # to the end: the echo of a signal does not change the exit code
         try:
-            exit_code = train()
+            exit_code = run()
             if dist.is_initialized():
                 dist.destroy_process_group()
             if exit_code and env_procs()[0] != 0:

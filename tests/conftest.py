@@ -25,9 +25,9 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.skip(reason="slow: only under --full"))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def bench(tmp_path_factory):
-    """A folder with a tiny model, text and tokenizer, shared by all tests."""
+    """A folder with a tiny model, text and tokenizer, shared by the tests of a file."""
     from tiny import Bench
 
     return Bench(tmp_path_factory.mktemp("bench"))

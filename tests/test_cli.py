@@ -40,7 +40,7 @@ def run(capsys):
 
 
 TOOLS = ["show", "memory", "doctor", "tokenizer train", "tokenize", "download", "generate", "inspect"]
-TOOLS += ["export", "eval"]
+TOOLS += ["export", "eval", "compare", "report"]
 
 
 @pytest.mark.parametrize("tool", ["", *TOOLS])

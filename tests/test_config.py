@@ -295,6 +295,18 @@ def test_defaults_and_valid_combinations_have_no_problems():
         ({"optim": {"rule": "loro", "moments": "bfloat16"}, "engine": {"kind": "zero"}}, 2),
         ({"optim": {"rule": "adamw", "moments": "float32"}, "precision": PURE}, 1),
         ({"optim": {"base": "adafactor", "moments": "float32", "basis": "bfloat16"}}, 1),
+        ({"optim": {"rule": "adamw", "moments": "int8"}, "engine": {"kind": "ddp"}}, 2),
+        ({"optim": {"rule": "sgd", "momentum": 0.9, "moments": "bfloat16"}}, 1),
+        ({"optim": {"rule": "adafactor", "momentum": 0.9}, "engine": {"kind": "ddp"}}, 2),
+        ({"optim": {"rule": "gradnormlorp", "base": "adafactor"}}, 1),
+        (
+            {
+                "optim": {"rule": "factored", "refresh_moments_every": 20},
+                "train": {"schedule": "cosine_restart", "restart_every": 20},
+                "engine": {"kind": "zero"},
+            },
+            2,
+        ),
         ({"optim": {"betas": [0, 0.5], "weight_decay": 0, "lr_regular": 1e-9}}, 1),
     ):
         assert check(from_dict(values), n_procs) == [], values
@@ -320,6 +332,7 @@ OUT_OF_RANGE = {
     "optim.mlp_rank": [-1],
     "optim.refresh_every": [0],
     "optim.adapter_rank": [0],
+    "optim.refresh_moments_every": [0],
     "optim.adapter_alpha": [0.0],
     "train.micro_batch": [0],
     "train.log_every": [0],
@@ -423,9 +436,32 @@ TOGETHER = {
         1,
         ["optim.base"],
     ),
-    "eight bits without a projection": (
-        {"optim": {"rule": "adamw", "moments": "int8", "basis": "bfloat16"}},
+    "a base of no projection": ({"optim": {"rule": "adafactor", "base": "adafactor"}}, 1, ["optim.base"]),
+    "sgd in pieces, and momentum of Adam": (
+        {"optim": {"rule": "sgd", "moments": "int8"}, "engine": {"kind": "zero"}},
         1,
+        ["optim.rule", "optim.moments"],
+    ),
+    "adafactor in pieces, of few moments": (
+        {"optim": {"rule": "adafactor", "moments": "bfloat16"}, "engine": {"kind": "fsdp"}},
+        2,
+        ["optim.rule", "optim.moments"],
+    ),
+    "momentum beside Adam's": ({"optim": {"momentum": 0.9}}, 1, ["optim.momentum"]),
+    "momentum without end": ({"optim": {"rule": "sgd", "momentum": 1.0}}, 1, ["optim.momentum"]),
+    "ramps apart from refreshes": (
+        {"optim": {"rule": "loro"}, "train": {"schedule": "cosine_restart", "restart_every": 250}},
+        1,
+        ["train.restart_every"],
+    ),
+    "a peak after the end": (
+        {"train": {"schedule": "cosine_restart_zero", "restart_every": 5, "peak_delay_steps": 9001}},
+        1,
+        ["train.peak_delay_steps"],
+    ),
+    "eight bits without a projection": (
+        {"optim": {"rule": "adamw", "moments": "int8", "basis": "bfloat16"}, "engine": {"kind": "fsdp"}},
+        2,
         ["optim.moments", "optim.basis"],
     ),
     "eight bits of factors": ({"optim": {"rule": "loro", "moments": "int8"}}, 1, ["optim.moments"]),

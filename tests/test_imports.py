@@ -26,8 +26,11 @@ HEIGHTS = {
     "pretrain": 4,
     "finetune": 5,
     "bench": 4,
+    "compare": 4,
+    "report": 4,
     "doctor": 4,
     "cli": 4,
+    "authors": 5,
 }
 
 

@@ -1,5 +1,6 @@
 """The README says what is so: its commands work, its fields exist, its table lists what can be chosen."""
 
+import functools
 import re
 import shlex
 import subprocess
@@ -14,6 +15,8 @@ from test_recipes import processes
 from tiny import ROOT
 
 from lrpretrain import __version__, cli, config
+from lrpretrain.authors import flags
+from lrpretrain.compare import BASE, Comparison
 from lrpretrain.train import plan
 
 README = (ROOT / "README.md").read_text()
@@ -29,9 +32,21 @@ COMMANDS = [line for block in blocks("bash") for line in block.splitlines()]
 def train(line, procs):
     """Read the command line of a training and check it for the processes that it would have."""
     words = shlex.split(line)
-    start = words.index("lrpretrain.pretrain") + 1
-    read, problems = config.parse(words[start:])
+    (start,) = (i for i, word in enumerate(words) if re.match(r"lrpretrain\.(pretrain$|authors\.)", word))
+    parse = config.parse
+    if "authors" in words[start]:
+        parse = functools.partial(flags.read, words[start].removeprefix("lrpretrain.authors."))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WORLD_SIZE", str(procs))
+        read, problems = parse(words[start + 1 :])
     assert [*problems, *plan.problems(read, procs)] == []
+
+
+def translation(line):
+    """Translate a line of the authors, without writing the file that it names."""
+    line, _, path = line.partition(" --to_config ")
+    assert path.endswith(".yaml")
+    train(line, 1)
 
 
 def number(line, option):
@@ -65,7 +80,7 @@ def tool(line):
 def script(line):
     _, path, *options = shlex.split(line)
     assert subprocess.run(["bash", "-n", ROOT / path], check=True).returncode == 0
-    assert options == []
+    assert options == [] or (path, options) == ("launch/environment.sh", ["report"])  # an extra
 
 
 def exists(line):
@@ -95,6 +110,16 @@ def tabulated(line):
     assert f"{line}\n```\n\n| GiB |" in README
 
 
+def comparison(line):
+    """Read what a comparison gets, and check every run of it; test_compare.py runs some."""
+    known, rest = cli.build_parser().parse_known_args(shlex.split(line)[1:])
+    assert known.run is cli.compare
+    base = [] if "--config" in rest else BASE
+    read, problems = config.parse([*base, *rest])
+    compared = Comparison(read, known.rules, known.lrs, known.seeds, known.out)
+    assert [*problems, *compared.problems(known.procs or 1)] == []
+
+
 def evaluation(line):
     """Read what an evaluation gets; test_export.py runs some."""
     known, rest = cli.build_parser().parse_known_args(shlex.split(line)[1:])
@@ -112,9 +137,11 @@ TRIED = {
     "lrpretrain doctor ": doctor,
     "lrpretrain memory ": tabulated,
     "lrpretrain eval ": evaluation,
+    "lrpretrain compare ": comparison,
     "source .venv/bin/activate": exists,
     "tensorboard --logdir ": exists,
     "python -m lrpretrain.pretrain ": lambda line: train(line, 1),
+    "python -m lrpretrain.authors.": translation,
     "torchrun ": torchrun,
     "deepspeed ": deepspeed,
     "lrpretrain ": tool,
@@ -165,7 +192,14 @@ def test_the_table_lists_what_can_be_chosen():
     )
     assert re.findall(r"`(\w+)`", header) == list(engines)
     assert sorted(re.match(r"\| `(\w+)`", row)[1] for row in rows) == sorted(rules)
-    assert all(row.count("| yes") == len(engines) for row in rows)
+    for row in rows:
+        rule = re.match(r"\| `(\w+)`", row)[1]
+        cases = [{"optim": {"rule": rule}, "engine": {"kind": engine}} for engine in engines]
+        refused = [
+            bool(plan.check(config.from_dict(case), 1 + (engine != "local")))
+            for case, engine in zip(cases, engines, strict=True)
+        ]
+        assert row.count("| refused") == sum(refused) and row.count("| yes") == len(engines) - sum(refused)
 
 
 def test_the_recipes_are_those_that_are_shipped():

@@ -106,20 +106,24 @@ class Bench:
         return json.loads((self.folder / run / "status.json").read_text())
 
 
-def launch(n_procs, command_lines):
-    """Run training command lines one after the other in `n_procs` processes; return their exit codes."""
+def launch(n_procs, command_lines, main=None):
+    """Run training command lines one after the other in `n_procs` processes; return their exit codes.
+
+    `main` takes a command line, instead of that of lrpretrain.pretrain.
+    """
     lines = [(_free_port(), [str(a) for a in line]) for line in command_lines]
     with tempfile.TemporaryDirectory() as folder:
-        mp.start_processes(_train, (n_procs, lines, Path(folder)), n_procs, start_method="spawn")
+        mp.start_processes(_train, (n_procs, lines, Path(folder), main), n_procs, start_method="spawn")
         return json.loads((Path(folder) / "0.json").read_text())
 
 
-def _train(proc, n_procs, lines, folder):
+def _train(proc, n_procs, lines, folder, main):
     import torch
     import torch.distributed as dist
 
-    from lrpretrain.pretrain import main
+    from lrpretrain import pretrain
 
+    main = main or pretrain.main
     torch.set_num_threads(1)
     codes = []
     for port, argv in lines:

@@ -123,7 +123,10 @@ def load(path: Path, pieces: Mapping[str, Piece], procs: Procs, *, checked: bool
     DamageError unless its files are as they were written, or `checked` before.
     """
     if not checked:
-        check(path, procs)
+        try:
+            check(path, procs)
+        except DamageError as error:
+            raise DamageError(f"{error} Use another checkpoint.") from error
     index = read_index(path)
     saved = {name: tuple(entry["shape"]) for name, entry in index.items()}
     ours = {name: piece.shape for name, piece in pieces.items()}
@@ -222,7 +225,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise DamageError(f"{path} is damaged: manifest.json is not as it was written.") from error
     if not known:
-        remedy = "Use the lrpretrain that wrote it, or a newer one"
+        later = str(manifest["format"]) > str(FORMAT)
+        remedy = "Use the lrpretrain that wrote it" + (", or a newer one" if later else "")
         raise CheckpointError(
             f"{path} has format {manifest['format']}, this version reads {FORMAT}. {remedy}."
         )
@@ -267,7 +271,9 @@ def newest(path: Path) -> Path:
     """Return a checkpoint itself, or the newest complete one of a run folder. Raises CheckpointError."""
     found = [path] if (path / "manifest.json").exists() else complete(path / "checkpoints")
     if not found:
-        raise CheckpointError(f"{path} is neither a checkpoint nor a run folder with a complete one.")
+        raise CheckpointError(
+            f"{path} is neither a checkpoint nor a run folder with a complete one. Name one of these."
+        )
     return found[0]
 
 

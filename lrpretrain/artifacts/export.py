@@ -166,7 +166,7 @@ def _write_tokenizer(tokenizer: Tokenizer, folder: Path, shape: LlamaConfig) -> 
         ours = tokenizer.encode(text)[:-1].tolist()
         theirs = read.encode(text, add_special_tokens=False, verbose=False)
         if ours != theirs:
-            where = next(i for i in range(len(text) + 1) if ours[: i + 1] != theirs[: i + 1])
+            where = next(i for i in range(len(ours) + len(theirs)) if ours[: i + 1] != theirs[: i + 1])
             raise ConfigError(
                 [
                     f"the tokenizer that transformers would load gives other ids than the run's for "

@@ -29,6 +29,8 @@ class Saver:
 
     folder: Path
     procs: Procs
+    timeout_s: float
+    """How long processes wait for each other."""
     keep: int
     """How many of the newest checkpoints stay. 0: all."""
     keep_every: int
@@ -44,7 +46,7 @@ class Saver:
     """Why the last save failed."""
 
     def __post_init__(self) -> None:
-        self._procs = self.procs.apart() if self.beside else self.procs
+        self._procs = self.procs.apart(self.timeout_s) if self.beside else self.procs
         self._staged: dict[str, Piece] = {}
         self._thread: threading.Thread | None = None
         self._broken: BaseException | None = None
@@ -64,6 +66,7 @@ class Saver:
         else:
             self._write(pieces, run)
             self.wait()
+            self.procs.barrier()  # nobody leaves while the first process removes older ones
         self._stall_s += time.perf_counter() - began
         if last and self.error is not None:
             raise self.error

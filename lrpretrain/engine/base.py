@@ -31,6 +31,7 @@ class Step:
     came: Later
     """Loss, norm of the raw gradient, and whether the step was sound."""
     update: Stopwatch
+    """Of clipping and update."""
 
     @cached_property
     def loss(self) -> float:
@@ -46,11 +47,6 @@ class Step:
     def sound(self) -> bool:
         """Whether loss and gradient were such that the update was made; else nothing was changed."""
         return bool(self.came.read()[2])
-
-    @property
-    def update_ms(self) -> float:
-        """Milliseconds of clipping and update."""
-        return self.update.ms()
 
 
 class Engine:
@@ -197,7 +193,9 @@ class Engine:
         return sum(p.tensor.numel() * p.tensor.element_size() for _, _, p in self.optimizer.pieces())
 
     def _token_loss_sum(self, ids: Tensor) -> Tensor:
-        ids = ids.to(self.device)
+        if self.device.type == "cuda":
+            ids = ids.pin_memory()  # else the host would wait for the copy, and all that is before it
+        ids = ids.to(self.device, non_blocking=True)
         mask = {} if self.mask is None else {"attention_mask": self.mask(ids)}
         # Padding lies on the right, where causal attention never looks from a token that counts.
         labels = ids.masked_fill(ids == self.pad_id, -100)

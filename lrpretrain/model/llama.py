@@ -26,7 +26,7 @@ from lrpretrain.model.dora import adapt, initial_A_std, row_norms
 from lrpretrain.model.loss import token_loss_sum
 from lrpretrain.model.lowrank import FACTORS, factorize, initial_factor
 from lrpretrain.model.pretrained import Pretrained
-from lrpretrain.optim.groups import matched
+from lrpretrain.optim.groups import FACTORED, matched
 from lrpretrain.sharding import Holding, Tile
 
 BLOCK_ROWS = 128
@@ -103,7 +103,7 @@ def configured(config: Config, dtype: torch.dtype = torch.float32) -> Llama:
     """Return the model of a run on the meta device: with low-rank or DoRA layers if its rule wants them."""
     model = build(load_config(config.model), dtype)
     model.loss_chunk = config.model.loss_chunk
-    if config.optim.rule == "loro":
+    if config.optim.rule in FACTORED:
         factorize(model, matched(shapes(model), config.optim), config.optim.init)
     if config.optim.mode == "dora":
         names = matched(shapes(model), config.optim)
@@ -129,6 +129,7 @@ def from_pretrained(
     with torch.no_grad():
         for name, param in model.named_parameters():
             param.copy_(files.read(name, slice(None)))
+    model.set_attn_implementation("sdpa")  # which heeds masks of padding
     return model
 
 

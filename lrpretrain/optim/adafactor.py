@@ -119,6 +119,8 @@ class GaLoreAdafactor(ShardedOptimizer):
     Raises ConfigError for sharded ones and for an unknown or impossible option.
     """
 
+    matrix_rule: type[Adafactor] = Adafactor
+
     def __init__(
         self,
         params: Iterable[Any],
@@ -151,7 +153,7 @@ class GaLoreAdafactor(ShardedOptimizer):
             relative_step=relative_step,
             warmup_init=warmup_init,
         )
-        super().__init__(params, defaults | projection_defaults(subspace), Adafactor(), check_finite)
+        super().__init__(params, defaults | projection_defaults(subspace), self.matrix_rule(), check_finite)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a param group and create its state. Raises ConfigError for what Adafactor cannot do."""

@@ -42,14 +42,15 @@ import torch
 from torch import Tensor
 
 from lrpretrain.errors import ConfigError
-from lrpretrain.optim.adamw import Group, adam, adam_direction, adamw, decay, step_sizes
+from lrpretrain.optim.adafactor import Adafactor, GaLoreAdafactor
+from lrpretrain.optim.adamw import Group, adam_direction, adamw, decay, step_sizes
 from lrpretrain.optim.galore import GaLore, projection_defaults
+from lrpretrain.optim.moments import KEYS
 from lrpretrain.optim.optimizer import ShardedOptimizer
 from lrpretrain.optim.rule import Slot
 from lrpretrain.sharding import Holding, Piece, hold
 from lrpretrain.sharding.algebra import Matrices
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
 SMALLEST = 1e-18  # of a magnitude: W keeps a direction only as long as it is not zero
 
 
@@ -63,7 +64,7 @@ class WeightNorm(GaLore):
         dim = _along(W)
         norm = W.dot(W, dim).sqrt()
         vectors = {"magnitude": norm, "norm": norm.clone()}
-        vectors |= {f"magnitude_{key}": torch.zeros_like(norm) for key in MOMENTS}
+        vectors |= {f"magnitude_{key}": torch.zeros_like(norm) for key in KEYS}
         return super().state(W, hp) | {key: Slot(v, *W.lying(1 - dim)) for key, v in vectors.items()}
 
     def update(self, W: Matrices, G: Matrices, s: dict[str, Tensor], hp: Group) -> None:
@@ -85,20 +86,38 @@ class WeightNorm(GaLore):
             R = stretch[..., None] * (G @ P - radial[..., None] * (W @ P))  # (b, m', r)
         else:
             R = G.matmul(P, stretch) - W.matmul(P, stretch * radial)
-        (N,) = adam([R.to(P)], [s], hp)
+        N, steps = self.direction(R.to(P), W, s, hp)
         moments = [s["magnitude_exp_avg"]], [s["magnitude_exp_avg_sq"]]
         (n,) = adam_direction([grad_g], *moments, hp)
         etas = step_sizes(s["age"].tolist(), hp)
 
         moves = live if hp.get("sound") is None else live & hp["sound"]
         W.stretch(torch.where(moves, 1 / stretch, 1), dim)  # now W holds v
-        W.add_lowrank(N, P, [-eta * hp["scale"] for eta in etas])
+        W.add_lowrank(N, P, [-eta * hp["scale"] for eta in steps])
         moved = W.dot(W, dim).sqrt()
-        g -= torch.tensor(etas, dtype=g.dtype, device=g.device)[:, None] * n * live
-        g.copy_(torch.where(g.abs() < SMALLEST, torch.copysign(torch.full_like(g, SMALLEST), g), g))
+        torch._foreach_mul_(list(n), etas)
+        g -= n * live
+        smallest = torch.copysign(torch.full_like(g, SMALLEST), g)
+        g.copy_(torch.where(moves & (g.abs() < SMALLEST), smallest, g))
         norm.copy_(torch.where(moves, moved, norm))
         W.stretch(torch.where(moves, g / moved, 1), dim)
         decay([g], hp)
+
+
+class WeightNormAdafactor(WeightNorm, Adafactor):
+    """The rule in its mode `weightnorm` with Adafactor for the directions; magnitudes, vectors, keep Adam."""
+
+    decays = False
+
+    def update(self, W: Matrices, G: Matrices, s: dict[str, Tensor], hp: Group) -> None:
+        """Update a batch of whole matrices and its state in place. No communication."""
+        super().update(W, G, s, {**hp, "betas": (0.9, 0.999), "eps": 1e-6, "correct_bias": True})
+
+    def direction(
+        self, R: Tensor, W: Matrices, s: dict[str, Tensor], hp: Group
+    ) -> tuple[Tensor, list[float]]:
+        """Return Adafactor's step for R, its rate included, and ones; W is decayed later, as by Adam."""
+        return super().direction(R, W, s, {**hp, "weight_decay": 0.0})
 
 
 class LowRankWN(GaLore):
@@ -110,7 +129,7 @@ class LowRankWN(GaLore):
     def state(self, W: Matrices, hp: Group) -> dict[str, Slot]:
         """Return GaLore's state, v and the magnitude's moments."""
         zeros = torch.zeros_like(W.dot(W, _along(W)))  # (b, m)
-        moments = {f"magnitude_{key}": Slot.whole(zeros.clone()) for key in MOMENTS}
+        moments = {f"magnitude_{key}": Slot.whole(zeros.clone()) for key in KEYS}
         return super().state(W, hp) | moments | {"v": Slot.whole(torch.stack(W.locals))}
 
     def update(self, W: Matrices, G: Matrices, s: dict[str, Tensor], hp: Group) -> None:
@@ -129,7 +148,7 @@ def renormalised(
     grad_g = torch.where(norm > 0, G.dot(v, dim) / norm, 0)
     move()
     moved = v.dot(v, dim).sqrt()
-    exp_avg, exp_avg_sq = (s[f"magnitude_{key}"] for key in MOMENTS)
+    exp_avg, exp_avg_sq = (s[f"magnitude_{key}"] for key in KEYS)
     (n,) = adam_direction([grad_g], [exp_avg], [exp_avg_sq], hp)
     etas = torch.tensor(step_sizes(s["step"].tolist(), hp), dtype=norm.dtype, device=norm.device)
     stretch = (norm - etas[:, None] * n) / moved
@@ -203,7 +222,7 @@ class GradNormLoRPAdamW(ShardedOptimizer):
                 raise ConfigError([f"{reason}. Leave it out, or use mode='weightnorm'."])
             W = _rows(h.weight)
             zeros = torch.zeros_like(W.dot(W, 1)[0])  # (m)
-            pieces = {f"magnitude_{key}": Piece.whole(zeros.clone()) for key in MOMENTS}
+            pieces = {f"magnitude_{key}": Piece.whole(zeros.clone()) for key in KEYS}
             pieces["v"] = h.of(h.weight.clone())
             self._pieces[h.name] |= pieces
             self.state[h.param] |= {key: piece.tensor for key, piece in pieces.items()}
@@ -218,6 +237,12 @@ class GradNormLoRPAdamW(ShardedOptimizer):
             batch = {key: tensor[None] for key, tensor in s.items()}
             renormalised(W, v, G, batch, group, partial(adamw, [s["v"]], [h.grad], [s], undecayed))
             decay([h.weight, s["v"]], group)
+
+
+class GradNormLoRPAdafactor(GaLoreAdafactor):
+    """GradNormLoRP in its mode `weightnorm` with Adafactor; as `GaLoreAdafactor`, with a given `lr`."""
+
+    matrix_rule = WeightNormAdafactor
 
 
 def _rows(tensor: Tensor) -> Matrices:

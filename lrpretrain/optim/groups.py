@@ -11,13 +11,16 @@ from torch import Tensor
 from lrpretrain.config import OptimConfig
 from lrpretrain.errors import Problem
 from lrpretrain.optim.adafactor import GaLoreAdafactor
+from lrpretrain.optim.adamw8bit import AdamW8bit
 from lrpretrain.optim.galore import GaLoreAdamW, side_of
-from lrpretrain.optim.gradnormlorp import GradNormLoRPAdamW
+from lrpretrain.optim.gradnormlorp import GradNormLoRPAdafactor, GradNormLoRPAdamW
 from lrpretrain.optim.loro import LOROAdamW
 from lrpretrain.optim.optimizer import AdamW, ShardedOptimizer
+from lrpretrain.optim.sgd import SGD
 from lrpretrain.sharding import hold
 
 PROJECTED = {"galore": GaLoreAdamW, "gradnormlorp": GradNormLoRPAdamW}
+FACTORED = ("loro", "factored")
 
 
 def matched(
@@ -56,7 +59,7 @@ def problems(shapes: Mapping[str, tuple[int, ...]], optim: OptimConfig) -> list[
         if not matched(shapes, OptimConfig(targets=[pattern])):
             remedy = "Use names of linear layers such as *.self_attn.q_proj"
             found.append(Problem("optim.targets", pattern, "matches no matrix of the model", remedy))
-    if optim.rule == "adamw":
+    if optim.rule not in (*PROJECTED, *FACTORED):
         return found
     if optim.rule == "gradnormlorp" and optim.mode == "weightnorm" and optim.side == "full":
         reason = "is not defined for the weight-normalised directions of gradnormlorp"
@@ -90,8 +93,8 @@ def problems(shapes: Mapping[str, tuple[int, ...]], optim: OptimConfig) -> list[
 
 
 def projected(shapes: Mapping[str, tuple[int, ...]], optim: OptimConfig) -> frozenset[str]:
-    """Return the parameters that the rule treats as matrices, by name; LORO's factors as well."""
-    if optim.rule == "loro":
+    """Return the parameters that the rule treats as matrices, by name; low-rank factors as well."""
+    if optim.rule in FACTORED:
         return frozenset(name for name in shapes if name.endswith(("weight_in", "weight_out")))
     return frozenset(projection_ranks(shapes, optim) if optim.rule in PROJECTED else ())
 
@@ -113,7 +116,7 @@ def build_optimizer(
     """
     named = {name: param for name, param in params if param.requires_grad}
     regular_lr = optim.lr if optim.lr_regular is None else optim.lr_regular
-    if optim.rule == "loro":
+    if optim.rule in FACTORED:
         groups = _factor_groups(named, optim, hidden_size)
     else:
         groups = _matrix_groups(named, optim)
@@ -126,13 +129,22 @@ def build_optimizer(
         "weight_decay": optim.weight_decay,
         "check_finite": False,
     }
-    if optim.base == "adafactor":  # as the authors' training script sets it
-        return GaLoreAdafactor(groups, **common, scale_parameter=False, relative_step=False)
-    common |= {"betas": optim.betas, "eps": optim.eps, "moments": optim.moments}
-    if optim.rule == "loro":
-        refresh = None if optim.refresh_moments == "none" else optim.refresh_moments
-        exact: dict[str, Any] = {"exact_every": optim.exact_every, "exact_steps": optim.refresh}
-        return LOROAdamW(groups, **common, **exact, refresh=refresh)
+    if optim.rule == "sgd":
+        return SGD(groups, **common, momentum=optim.momentum, moments=optim.moments)
+    if "adafactor" in (optim.rule, optim.base):  # as the authors' training script sets it
+        adafactor = GradNormLoRPAdafactor if optim.rule == "gradnormlorp" else GaLoreAdafactor
+        common |= {"beta1": optim.momentum or None, "scale_parameter": False, "relative_step": False}
+        return adafactor(groups, **common)
+    common |= {"betas": optim.betas, "eps": optim.eps}
+    if optim.rule == "adamw" and optim.moments == "int8":
+        return AdamW8bit(groups, **common)
+    common["moments"] = optim.moments
+    if optim.rule in FACTORED:
+        common["refresh"] = None if optim.refresh_moments == "none" else optim.refresh_moments
+        common["refresh_every"] = optim.refresh_moments_every
+        if optim.rule == "factored":
+            return LOROAdamW(groups, **common, loro_type="eucl")
+        return LOROAdamW(groups, **common, exact_every=optim.exact_every, exact_steps=optim.refresh)
     if optim.rule == "gradnormlorp":
         return GradNormLoRPAdamW(groups, **common, mode=optim.mode)
     return PROJECTED.get(optim.rule, AdamW)(groups, **common)

@@ -99,7 +99,8 @@ class LOROAdamW(ShardedOptimizer):
     order; `lr_scaler` (−1) and `hidden_size` as above. Every `exact_every`-th update of a pair is exact
     (0: never); with `exact_steps` staggered every pair has its own place in that count. With `refresh` (lrk,
     reg or all) the moments of a pair are zeroed after its exact step, those of a regular parameter after
-    every `exact_every`-th update. `step(use_exact_loro=…)` and `refresh_states(mode)` decide instead, for
+    every `exact_every`-th update; after every `refresh_every`-th instead, if that is given.
+    `step(use_exact_loro=…)` and `refresh_states(mode)` decide instead, for
     drivers that count. `moments` is the dtype that moments are stored in, float32 or bfloat16 (None: the
     parameter's). `model` is accepted and not kept.
 
@@ -125,6 +126,7 @@ class LOROAdamW(ShardedOptimizer):
         exact_every: int = 500,
         exact_steps: str = "fixed",
         refresh: str | None = None,
+        refresh_every: int | None = None,
         moments: str | None = None,
         check_finite: bool = True,
     ):
@@ -136,7 +138,7 @@ class LOROAdamW(ShardedOptimizer):
         if refresh not in (None, "lrk", "reg", "all"):
             raise ConfigError([f"refresh={refresh!r}: must be lrk, reg, all or None."])
         self.loro_type, self.exact_every, self.refresh = loro_type, exact_every, refresh
-        self.exact_steps = exact_steps
+        self.exact_steps, self.refresh_every = exact_steps, refresh_every
         self.deficient_pairs = 0
         self._exact_notes: list[tuple[str, bool]] = []
         self._factors: dict[str, list[Holding]] = {"lowrank_in": [], "lowrank_out": []}
@@ -206,7 +208,7 @@ class LOROAdamW(ShardedOptimizer):
         for h in ready:
             self.state[h.param]["updates"] += 1
         if self.refresh in ("reg", "all"):
-            self._forget(h for h in ready if self._is_exact(h))
+            self._forget(h for h in ready if self._is_refreshed(h))
 
     @torch.no_grad()
     def _update_pairs(self) -> None:
@@ -223,7 +225,8 @@ class LOROAdamW(ShardedOptimizer):
         _lazy_step([h.weight for h in lazy], [steps[h.param] for h in lazy], self.sound)
         self._exact(exact, steps)
         if self.refresh in ("lrk", "all"):
-            self._forget(h for pair in exact.values() for h in pair)
+            renewed = [pair for i, pair in pairs.items() if self._is_refreshed(pair[1], i)]
+            self._forget(h for pair in renewed for h in pair)
 
     def _directions(
         self, factors: list[Holding], hp: Mapping[str, Any]
@@ -242,9 +245,17 @@ class LOROAdamW(ShardedOptimizer):
         """Say whether the step is exact; the host waits for the device to know that one is sound."""
         if self._use_exact is not None or self.loro_type == "eucl" or self.exact_every == 0:
             return bool(self._use_exact) and self.loro_type == "loro"
-        pairs = len(self._factors["lowrank_out"])
-        phase = pair * self.exact_every // pairs if self.exact_steps == "staggered" else 0
-        due = (int(self.state[holding.param]["updates"]) + phase) % self.exact_every == 0
+        return self._is_due(holding, pair, self.exact_every)
+
+    def _is_refreshed(self, holding: Holding, pair: int = 0) -> bool:
+        """Say whether moments are zeroed after the step."""
+        if self.refresh_every is None:
+            return self._is_exact(holding, pair)
+        return self._is_due(holding, pair, self.refresh_every)
+
+    def _is_due(self, holding: Holding, pair: int, every: int) -> bool:
+        phase = pair * every // len(self._factors["lowrank_out"]) if self.exact_steps == "staggered" else 0
+        due = (int(self.state[holding.param]["updates"]) + phase) % every == 0
         return due and is_sound({"sound": self.sound})
 
     def _exact(

@@ -78,7 +78,10 @@ def quantised(x: Tensor, dtype: torch.dtype, step: Tensor) -> tuple[Tensor, Tens
     x = x / _spread(torch.where(scale > 0, scale, 1), x.shape[-1])
     below = (torch.bucketize(x, L, out_int32=True) - 1).clamp(0, len(L) - 2)
     share = (x - L[below]) / (L[below + 1] - L[below])
-    codes = below + (share > _thresholds(step, x.shape[-1]).to(x)[:, None])
+    thresholds = _thresholds(step, x.shape[-1])
+    if x.is_cuda:
+        thresholds = thresholds.pin_memory()  # else the host would wait for the copy
+    codes = below + (share > thresholds.to(x, non_blocking=True)[:, None])
     if dtype == torch.uint8:
         return torch.where(x > 0, codes.clamp(min=1), codes).to(dtype), scale
     return (codes - len(L) // 2).to(dtype), scale

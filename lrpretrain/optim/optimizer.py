@@ -145,7 +145,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         names = group.get("param_names") or [f"param_{start + i}" for i in range(len(group["params"]))]
         holdings = [hold(name, param) for name, param in zip(names, group["params"], strict=True)]
         if self.rule is not None and self.rule.whole_only:
-            _require_whole(holdings, type(self.rule).__name__)
+            require_whole(holdings, type(self.rule).__name__)
         if group.get("rank") is None or self.rule is None:
             self._add_regular(group, holdings)
         else:
@@ -429,7 +429,7 @@ def _grad(holding: Holding) -> Tensor:
     return grad
 
 
-def _require_whole(holdings: list[Holding], rule: str) -> None:
+def require_whole(holdings: list[Holding], rule: str) -> None:
     """Raise ConfigError if a parameter is cut among processes, or lies in a flat buffer."""
     if cut := [h.name for h in holdings if h.group is not None or h.weight.shape != h.shape]:
         reason = f"{cut[0]} is cut among processes, and {rule} takes whole parameters (one process, or DDP)"

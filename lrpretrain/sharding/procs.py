@@ -6,6 +6,7 @@ weights go through the engine and the algebra.
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import Any
 
 import numpy as np
@@ -38,9 +39,10 @@ class Procs:
             return cls(dist.get_rank(), dist.get_world_size())
         return cls()
 
-    def apart(self) -> Procs:
+    def apart(self, timeout_s: float) -> Procs:
         """Return the same processes with a group of their own, whose messages another thread may exchange."""
-        group = dist.new_group(backend="gloo") if self.n_procs > 1 else None
+        timeout = timedelta(seconds=timeout_s)
+        group = dist.new_group(backend="gloo", timeout=timeout) if self.n_procs > 1 else None
         return Procs(self.proc, self.n_procs, group)
 
     @property

@@ -84,7 +84,8 @@ class Trainer:
         self._judge = Judge(train.spike_window, train.spike_sigmas, self.engine.device, losses)
         self._unseen: tuple[int, Step] | None = None  # a step, and its number, of which the host knows no end
         keep = train.keep_checkpoints, train.keep_every
-        self._saver = Saver(folder, self.procs, *keep, train.async_save, saved=self.progress.step)
+        timeout_s, saved = self.config.engine.timeout_s, self.progress.step
+        self._saver = Saver(folder, self.procs, timeout_s, *keep, train.async_save, saved=saved)
 
     def train(self) -> None:
         """Train to the last step.
@@ -99,23 +100,27 @@ class Trainer:
                 self._train(record)
         except LrpretrainError as error:  # which all processes meet together
             self._saver.wait()
-            saves = isinstance(error, DataError | Stopped | UnsoundError)
-            if saves and self.progress.step != self._saver.saved:
-                self.save(last=True)
-            raise
+            if isinstance(error, DataError | Stopped | UnsoundError):
+                try:
+                    self._see()  # of the last step, too
+                except UnsoundError as unsound:
+                    error = error if isinstance(error, UnsoundError) else unsound
+                if self.progress.step != self._saver.saved:
+                    self.save(last=True)
+            raise error
 
     def _train(self, record: Callable[[int], None]) -> None:
         train, progress = self.config.train, self.progress
         if self.evaluator is not None and progress.owes_evaluation:
             self._log(self._evaluate())
+            if progress.step == train.steps:  # a run that was stopped in its last evaluation
+                self.save(last=True)
         while progress.step < train.steps:
             batch = self._next_batch()
             step = self._step(batch)
             record(progress.step)
             last = progress.step == train.steps
             stops = bool(batch.flag) and not last
-            due = last or (train.eval_every > 0 and progress.step % train.eval_every == 0)
-            progress.owes_evaluation = due and self.evaluator is not None
             evaluates = progress.owes_evaluation and not stops
             saves = last or (train.save_every > 0 and progress.step % train.save_every == 0)
             logs = evaluates or stops or last or progress.step % train.log_every == 0
@@ -186,21 +191,26 @@ class Trainer:
         )
         progress.step += 1
         progress.tokens += batch.tokens
+        due = progress.step == train.steps or (train.eval_every and progress.step % train.eval_every == 0)
+        progress.owes_evaluation = bool(due) and self.evaluator is not None
         if self.metrics is not None:
             self.metrics.count(batch.tokens, self.loader.wait_ms, step.update)
-        self._see()
-        self._unseen = progress.step, step
+        self._see((progress.step, step))
         return step
 
     def micros(self, batch: Any) -> Sequence[Any]:
         """Return this process's micro-batches of a batch, as the engine takes them."""
         return split(batch.ids, self.config.train.micro_batch)
 
-    def _see(self) -> None:
-        """See what came of the last step not seen yet. Raises UnsoundError if the run shall stop for it."""
-        if self._unseen is None:
+    def _see(self, following: tuple[int, Step] | None = None) -> None:
+        """See what came of the step not seen yet, and then keep the `following` one for the next time.
+
+        Raises UnsoundError if the run shall stop for it.
+        """
+        unseen, self._unseen = self._unseen, following
+        if unseen is None:
             return
-        (number, step), self._unseen = self._unseen, None
+        number, step = unseen
         train, progress = self.config.train, self.progress
         if step.sound:
             progress.skipped_in_a_row = 0
@@ -284,8 +294,7 @@ def resume(
         raise ConfigError(problems)
     checkpoint.load(path, engine.pieces(), procs, checked=True)
     engine.publish()
-    owes_evaluation = run.get("owes_evaluation", False)
-    if run["step"] >= config.train.steps and not owes_evaluation:
+    if run["step"] >= config.train.steps and not run["owes_evaluation"]:
         reason = f"{path} is at step {run['step']} already"
         raise ConfigError([Problem("train.steps", config.train.steps, reason, "Raise it")])
     torch.set_rng_state(torch.frombuffer(bytearray(base64.b64decode(run["random"])), dtype=torch.uint8))

@@ -253,7 +253,7 @@ class _Terms:
         """Yield LORO's factors and the owners of their exact steps, if there are such steps."""
         ins = [self.at.holdings[name] for name in self.factors if name.endswith("in")]
         outs = [self.at.holdings[h.name.removesuffix("in") + "out"] for h in ins]
-        if outs and outs[0].group is not None and self.optim.exact_every:
+        if self.optim.rule == "loro" and outs and outs[0].group is not None and self.optim.exact_every:
             sizes = ((a.shape[0] + b.shape[0], a.shape[1]) for a, b in zip(ins, outs, strict=True))
             owners = assign(outs, [(mn + 8 * r) * r**2 for mn, r in sizes], [0.0] * self.N)
             for *pair, owner in zip(ins, outs, owners, strict=True):
@@ -262,11 +262,18 @@ class _Terms:
     def _regular_state(self, name: str) -> dict[str, Any]:
         """Return the bytes of state of a parameter that is not projected, by key."""
         shape, held = self.at.shapes[name], self.at.held[name]
-        if self.optim.base == "adafactor":
-            return {"step": INTEGER} | {key: WIDE * math.prod(s) for key, s in _factored(shape).items()}
+        if "adafactor" in (self.optim.rule, self.optim.base):
+            parts = _factored(shape) | ({"exp_avg": shape} if self.optim.momentum else {})
+            return {"step": INTEGER} | {key: WIDE * math.prod(s) for key, s in parts.items()}
         moment = held * float_dtype(self.optim.moments, self.own).itemsize
+        if self.optim.rule == "sgd":
+            return {"momentum": moment} if self.optim.momentum else {}
+        if (self.optim.rule, self.optim.moments, len(shape)) == ("adamw", "int8", 2):
+            kept = stored("int8", shape[1], self.own)
+            sizes = {key: shape[0] * width * dtype.itemsize for key, (width, dtype) in kept.items()}
+            return {"step": INTEGER} | sizes
         state = {"step": INTEGER, "exp_avg": moment, "exp_avg_sq": moment}
-        if self.optim.rule == "loro":
+        if self.optim.rule in groups.FACTORED:
             state["updates"] = INTEGER
         if self.optim.mode == "lowrank_wn":
             rows = WIDE * (shape[0] if len(shape) > 1 else 1)
@@ -284,7 +291,8 @@ class _Terms:
             lines = r
             state["basis_left"] = m * r, basis
         if optim.base == "adafactor":
-            factored = _factored((r if optim.side == "full" else m, r))
+            whole = (r if optim.side == "full" else m, r)
+            factored = _factored(whole) | ({"exp_avg": whole} if optim.momentum else {})
             state |= {key: (math.prod(shape), WIDE) for key, shape in factored.items()}
         else:
             kept = stored(optim.moments, r, own)

@@ -22,6 +22,7 @@ from lrpretrain.model.pretrained import Pretrained
 from lrpretrain.optim import groups
 from lrpretrain.sharding.placement import PLACEMENTS
 from lrpretrain.train import memory
+from lrpretrain.train.schedule import RESTARTING
 
 VARIANTS: list[tuple[Any, Any]] = [
     ("adamw", "auto"),
@@ -97,8 +98,9 @@ def check(config: Config, n_procs: int) -> list[Problem | str]:
         f"nothing would be recorded in train.steps={train.steps}",
         "Lower it",
     )
-    for key, rank in (("optim.attn_rank", optim.attn_rank), ("optim.mlp_rank", optim.mlp_rank)):
-        refuse(rank is not None and rank < 1, key, "must be at least 1", "Raise it, or leave it out")
+    for key in ("optim.attn_rank", "optim.mlp_rank", "optim.refresh_moments_every"):
+        number = getattr(optim, key.removeprefix("optim."))
+        refuse(number is not None and number < 1, key, "must be at least 1", "Raise it, or leave it out")
     positive = "optim.lr optim.lr_regular optim.eps optim.scale optim.adapter_alpha engine.timeout_s"
     for key in [*positive.split(), "data.hub_patience_s", "run.time_limit_s"]:
         section, name = key.split(".")
@@ -139,12 +141,27 @@ def check(config: Config, n_procs: int) -> list[Problem | str]:
             f"does not fit into {room} steps after the warm-up",
             "Lower it",
         )
-    if train.schedule == "cosine_restart":
+    if train.schedule in RESTARTING:
         refuse(
             (train.restart_every or 0) < 1,
             "train.restart_every",
-            "cosine_restart needs it",
+            f"{train.schedule} needs it",
             "Give a number of steps",
+        )
+        room = train.steps - train.warmup_steps
+        refuse(
+            not 0 <= train.peak_delay_steps <= max(room, 0),
+            "train.peak_delay_steps",
+            f"does not fit into {room} steps after the warm-up",
+            "Lower it",
+        )
+        every = optim.refresh_moments_every or (optim.exact_every if optim.rule == "loro" else 0)
+        refreshes = every > 0 and optim.rule in groups.FACTORED and optim.refresh_moments != "none"
+        refuse(
+            refreshes and train.restart_at == "refresh" and train.restart_every != every,
+            "train.restart_every",
+            f"ramps would not follow the refreshes of moments, every {every} steps",
+            f"Use {every}, or train.restart_at=compat",
         )
 
     slots = max(train.micro_batch, 1) * n_procs
@@ -230,43 +247,57 @@ def check(config: Config, n_procs: int) -> list[Problem | str]:
         "Name a Hugging Face folder with model*.safetensors",
     )
     refuse(
-        optim.rule == "loro" and config.model.init_from is not None,
+        optim.rule in groups.FACTORED and config.model.init_from is not None,
         "model.init_from",
-        "holds dense weights, and optim.rule=loro trains low-rank factors from scratch",
+        f"holds dense weights, and optim.rule={optim.rule} trains low-rank factors from scratch",
         "Leave it out, or use another rule",
     )
     cut = engine.kind == "zero" or (engine.kind == "fsdp" and n_procs > engine.replicas)
-    adafactor = optim.base == "adafactor"
+    adafactor = "adafactor" in (optim.rule, optim.base)
     refuse(
-        adafactor and optim.rule != "galore",
+        optim.base == "adafactor" and (optim.rule not in groups.PROJECTED or optim.mode != "weightnorm"),
         "optim.base",
-        f"optim.rule={optim.rule} runs on adamw only",
+        f"optim.rule={optim.rule} with optim.mode={optim.mode} runs on adamw only",
         "Use optim.rule=galore, or optim.base=adamw",
     )
-    refuse(
-        adafactor and cut,
-        "optim.base",
-        f"adafactor needs whole matrices, which engine.kind={engine.kind} cuts",
-        "Use optim.base=adamw, or engine.kind=ddp",
-    )
+    for key in ("optim.base", "optim.rule"):
+        refuse(
+            getattr(optim, key.removeprefix("optim.")) in ("adafactor", "sgd") and cut,
+            key,
+            f"runs on whole parameters, which engine.kind={engine.kind} cuts",
+            "Use adamw, or engine.kind=ddp",
+        )
     refuse(
         adafactor and optim.moments_at_refresh != "keep",
         "optim.moments_at_refresh",
-        "the moments of optim.base=adafactor are kept",
+        "the moments of adafactor are kept",
         "Use keep",
     )
     refuse(
         adafactor and optim.moments not in (None, "float32"),
         "optim.moments",
-        "the moments of optim.base=adafactor are few, in float32",
+        "the moments of adafactor are few, in float32",
         "Leave it out",
+    )
+    refuse(not 0 <= optim.momentum < 1, "optim.momentum", "must lie in [0, 1)", "Use 0.9, or 0 for none")
+    refuse(
+        optim.momentum > 0 and not adafactor and optim.rule != "sgd",
+        "optim.momentum",
+        f"optim.rule={optim.rule} has its own first moment",
+        "Set optim.betas, or leave it out",
     )
     projects = optim.rule in groups.PROJECTED
     refuse(
-        optim.moments == "int8" and not projects,
+        optim.moments == "int8" and not (projects or optim.rule == "adamw" or adafactor),
         "optim.moments",
-        f"its blocks run along the rank of projected gradients, and optim.rule={optim.rule} has none",
+        f"optim.rule={optim.rule} keeps floats",
         "Use bfloat16 or float32",
+    )
+    refuse(
+        optim.moments == "int8" and optim.rule == "adamw" and cut,
+        "optim.moments",
+        f"its blocks run along rows of whole matrices, which engine.kind={engine.kind} cuts",
+        "Use bfloat16 or float32, or engine.kind=ddp",
     )
     refuse(
         optim.moments == "int8" and optim.mode == "lowrank_wn",

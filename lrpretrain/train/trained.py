@@ -19,7 +19,7 @@ from lrpretrain.data.loader import build_loader
 from lrpretrain.data.pack import document_mask
 from lrpretrain.data.tokenizer import Tokenizer
 from lrpretrain.engine.local import Local
-from lrpretrain.errors import CheckpointError, ConfigError, Problem
+from lrpretrain.errors import ConfigError, Problem
 from lrpretrain.model import llama
 from lrpretrain.sharding import hold
 from lrpretrain.sharding.procs import Procs
@@ -38,19 +38,11 @@ class Trained:
     """
 
     def __init__(self, path: Path):
-        if not (path / "manifest.json").is_file():
-            found = checkpoint.complete(path / "checkpoints")
-            if not found:
-                raise CheckpointError(
-                    f"{path} is neither a checkpoint nor a run folder with a complete one,"
-                    " nor a model in the Hugging Face format. Name one of these."
-                )
-            path = found[0]
-        self.path = path
-        self._saved = checkpoint.read_run(path)
+        self.path = checkpoint.newest(path)
+        self._saved = checkpoint.read_run(self.path)
         self.config = from_dict(self._saved["config"])
         self.shape = llama.load_config(self.config.model)
-        own = path.resolve().parents[1] / "tokenizer.model"
+        own = self.path.resolve().parents[1] / "tokenizer.model"
         self.config.data.tokenizer = str(own) if own.is_file() else self.config.data.tokenizer
 
     def tokenizer(self) -> Tokenizer:
@@ -106,7 +98,7 @@ class Exported(Trained):
 
 
 def find(path: Path) -> Trained:
-    """Return the model of a checkpoint, a run folder or a folder in the Hugging Face format."""
+    """Return the model of a checkpoint, a run folder or a Hugging Face folder, which has a config.json."""
     return Exported(path) if (path / "config.json").is_file() else Trained(path)
 
 

@@ -193,7 +193,7 @@ def test_nothing_is_written_by_halves(run, runs, tmp_path, monkeypatch):
         ),
         (2, "was trained with sha256:", [folder, tmp_path / "a", "--tokenizer", taken]),
         (2, "'5 GB' is not a size such as", [folder, tmp_path / "a", "--shard_size", "5 GB"]),
-        (4, "nor a model in the Hugging Face format", [tmp_path, tmp_path / "a"]),
+        (4, "neither a checkpoint nor a run folder", [tmp_path, tmp_path / "a"]),
     ]:
         found, _, err = run("export", *argv)
         assert (found, message in err) == (code, True), err

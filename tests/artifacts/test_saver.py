@@ -16,7 +16,7 @@ from lrpretrain.sharding.procs import Procs
 
 
 def saver_in(folder, procs=None, *, beside=True, keep=0):
-    return Saver(folder, procs or Procs(), keep, 0, beside)
+    return Saver(folder, procs or Procs(), 60.0, keep, 0, beside)
 
 
 def content(path):

@@ -200,3 +200,19 @@ def test_the_host_does_not_wait_for_ordinary_steps(rule, tmp_path, monkeypatch):
     assert reads[1] == 0
     # At a refresh and at an exact step the host asks whether the step is sound.
     assert [n > 0 for n in reads] == [rule in ("galore", "gradnormlorp"), False, rule == "loro"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rule", ["adamw", "galore", "gradnormlorp", "loro"])
+def test_a_gpu_is_not_waited_for_in_ordinary_steps(rule, tmp_path):
+    config = tiny_config(tmp_path)
+    config.optim.rule, config.optim.exact_every = rule, 30
+    config.optim.moments = "int8" if rule in ("galore", "gradnormlorp") else None
+    engine = build_engine(config, Procs(), torch.device("cuda", 0), pad_id=0)
+    judge = Judge(4, 3.0, engine.device)
+    for t in range(4):
+        torch.cuda.set_sync_debug_mode("error" if t > 1 else "default")  # the first step refreshes
+        try:
+            engine.train_step([torch.full((1, 16), t + 1)], 15, 1.0, 1.0, judge)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")

@@ -76,3 +76,52 @@ def test_a_spike_is_skipped_and_known_after_a_resume(bench, capfd, monkeypatch):
     lines = bench.options("spike", **SHORT | options | dict(train__steps=14, train__unsound="stop"))
     monkeypatch.setattr(Judge, "__call__", lambda self, loss: plain(self, loss + 100))
     fails(capfd, lines, "step 13: the loss", "is a spike", "train.spike_sigmas")
+
+
+EVALUATED = SHORT | dict(
+    train__eval_every=6, train__eval_tokens=500, train__unsound="stop", train__save_every=3
+)
+
+
+@pytest.mark.parametrize(("broken", "ends"), [((10,), (12, 1, 0)), ((4, 5), (6, 2, 2)), ((11,), (12, 1, 1))])
+def test_what_an_unsound_step_leaves_is_known_at_the_next_start(bench, capfd, monkeypatch, broken, ends):
+    """It is seen after the next step, which may be unsound as well, or owe an evaluation."""
+    name = f"left{broken}"
+    argv = bench.options(name, **EVALUATED, train__log_every=100)
+    spoil(monkeypatch, *broken)
+    fails(capfd, argv, f"step {broken[0] + 1}: ")
+    monkeypatch.undo()
+    step, *skipped = ends
+    folder = bench.folder / name / "checkpoints"
+    saved = json.loads((folder / f"step_{step:08d}" / "run.json").read_text())
+    assert [saved["skipped"], saved["skipped_in_a_row"]] == skipped
+    assert saved["owes_evaluation"]
+    assert run(argv) == 0
+    assert [e["step"] for e in bench.metrics(name) if "valid/loss" in e] == [0, 6, 12]
+    assert bench.metrics(name)[-1]["step"] == 12
+    assert run(argv) == 0 and "is complete" in capfd.readouterr().out
+    assert [e["step"] for e in bench.metrics(name) if "valid/loss" in e] == [0, 6, 12]
+
+
+def test_an_unsound_last_step_is_told_where_the_data_ends(bench, capfd, monkeypatch):
+    argv = bench.options("ended", **SHORT | dict(train__steps=500), data__epochs=1, train__log_every=1000)
+    assert run(argv) == 3
+    steps = bench.status("ended")["step"]
+    argv = bench.options("ended2", **SHORT | dict(train__steps=500), data__epochs=1, train__log_every=1000)
+    spoil(monkeypatch, steps - 1)
+    capfd.readouterr()
+    fails(capfd, argv, f"step {steps}: ", "not finite")
+    saved = bench.folder / "ended2" / "checkpoints" / f"step_{steps:08d}" / "run.json"
+    assert json.loads(saved.read_text())["skipped"] == 1
+
+
+def test_a_run_that_starts_elsewhere_goes_on_from_its_own(bench, monkeypatch):
+    assert run(bench.options("source", **SHORT, train__save_every=4)) == 0
+    path = bench.folder / "source" / "checkpoints" / "step_00000004"
+    argv = bench.options("fork", **SHORT | dict(train__steps=14), run__resume=path, train__save_every=4)
+    spoil(monkeypatch, 5)  # step 10
+    assert run(argv) == 5
+    monkeypatch.undo()
+    assert run(argv) == 0
+    assert [e["step"] for e in bench.metrics("fork")] == [5, 6, 7, 8, 9, 11, 12, 13, 14]
+    assert bench.metrics("fork")[-1]["train/skipped"] == 1

@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 
 from lrpretrain.config import Config, TrainConfig
 from lrpretrain.train.plan import check
-from lrpretrain.train.schedule import lr_ratio
+from lrpretrain.train.schedule import RESTARTING, lr_ratio
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-SCHEDULES = ["linear", "cosine", "wsd", "cosine_restart"]
+FROM_ZERO = ["linear", "cosine", "wsd", "cosine_restart_zero"]
+SCHEDULES = [*FROM_ZERO, "cosine_restart"]
 
 
 def curve(**options):
@@ -29,7 +30,39 @@ def test_cosine_equals_the_authors():
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
+LORO = dict(steps=10000, warmup_steps=1000, min_lr_ratio=0.1, restart_every=500, peak_delay_steps=1000)
+
+
+@pytest.mark.parametrize("jag", ["", "_jag"])
+@pytest.mark.parametrize(
+    ("schedule", "name"), [("cosine_restart", "restart"), ("cosine_restart_zero", "restart_zero")]
+)
+def test_restarts_equal_loros_script(schedule, name, jag):
+    theirs = np.load(GOLDEN / "lr_schedules.npz")[f"loro_{name}_60m{jag}"][:10000]
+    options = LORO | dict(schedule=schedule, restart_in_warmup=not jag)
+    np.testing.assert_allclose(curve(**options, restart_at="compat"), theirs, rtol=0, atol=1e-12)
+    # Tied to the refreshes the rest is theirs; their ramps happen to lie there, but for the one at step 1000.
+    ours = curve(**options)
+    assert list(np.flatnonzero(abs(ours - theirs) > 1e-12)) == list(range(1000, 1005))
+
+
+def test_ramps_follow_the_refreshes_also_where_the_script_has_none():
+    """LORO's settings for 350M: moments are zeroed at 2000, 2500 … 6000 with the full rate after."""
+    options = dict(steps=60000, warmup_steps=2000, restart_every=500, peak_delay_steps=6000)
+    ours, theirs = (
+        curve(schedule="cosine_restart", **options, restart_at=at) for at in ("refresh", "compat")
+    )
+    dips = {name: np.flatnonzero(ratios < 1e-5) for name, ratios in (("ours", ours), ("theirs", theirs))}
+    assert dips["ours"].tolist() == list(range(500, 60000, 500))
+    assert dips["theirs"].tolist() == [500, 1000, 1500, *range(6500, 60000, 500)]
+    assert abs(ours.argmax() - 8000) <= 5  # 6000 steps after the warm-up
+    shifted = dict(options, restart_every=700)
+    assert np.flatnonzero(curve(schedule="cosine_restart", **shifted) < 1e-5).tolist() == list(
+        range(700, 60000, 700)
+    )
+
+
+@pytest.mark.parametrize("schedule", FROM_ZERO)
 def test_warm_up_is_a_line_from_zero(schedule):
     ratios = curve(schedule=schedule, steps=100, warmup_steps=20, restart_every=50)
     np.testing.assert_allclose(ratios[:21], np.arange(21) / 20, atol=1e-12)
@@ -60,19 +93,19 @@ def test_wsd_is_flat_and_then_a_line_down(decay_steps, decay):
 def test_restarts_ramp_up_to_the_cosine():
     options = dict(steps=100, warmup_steps=10, min_lr_ratio=0.1)
     cosine = curve(schedule="cosine", **options)
-    ratios = curve(schedule="cosine_restart", restart_every=30, restart_warmup_steps=4, **options)
-    parts = ratios / np.where(cosine > 0, cosine, 1)
-    expected = np.ones(100)
-    expected[0] = 0  # the warm-up begins at 0
+    ratios = curve(schedule="cosine_restart_zero", restart_every=30, restart_warmup_steps=4, **options)
+    expected = cosine.copy()
     for restart in (30, 60, 90):
-        expected[restart : restart + 4] = np.array([1, 2, 3, 4]) / 5
-    np.testing.assert_allclose(parts, expected, atol=1e-12)
+        expected[restart : restart + 4] = cosine[restart] * np.array([0.1, 0.325, 0.55, 0.775])
+    np.testing.assert_allclose(ratios, expected, atol=1e-12)
 
 
-def test_the_warm_up_has_no_restarts():
-    ratios = curve(schedule="cosine_restart", steps=100, warmup_steps=50, restart_every=20)
+def test_ramps_in_the_warm_up_can_be_left_out():
+    options = dict(schedule="cosine_restart_zero", steps=100, warmup_steps=50, restart_every=20)
+    assert (curve(**options)[[20, 40]] < [0.05, 0.09]).all()
+    ratios = curve(restart_in_warmup=False, **options)
     np.testing.assert_allclose(ratios[:50], np.arange(50) / 50)
-    assert ratios[60] == pytest.approx(curve(schedule="cosine", steps=100, warmup_steps=50)[60] / 6)
+    assert ratios[60] == pytest.approx(0.1 * curve(schedule="cosine", steps=100, warmup_steps=50)[60])
 
 
 @st.composite
@@ -88,6 +121,9 @@ def schedules(draw):
         decay_steps=draw(st.none() | st.integers(1, steps - warmup)),
         restart_every=draw(st.integers(1, 2 * steps)),
         restart_warmup_steps=draw(st.integers(0, 20)),
+        restart_at=draw(st.sampled_from(["refresh", "compat"])),
+        restart_in_warmup=draw(st.booleans()),
+        peak_delay_steps=draw(st.integers(0, steps - warmup)),
     )
 
 
@@ -97,5 +133,5 @@ def test_always_between_zero_and_the_peak(train, data):
     step = data.draw(st.integers(0, train.steps - 1))
     ratio = lr_ratio(step, train)
     assert 0 <= ratio <= 1
-    if step >= train.warmup_steps and train.schedule != "cosine_restart":
+    if step >= train.warmup_steps and train.schedule not in RESTARTING:
         assert ratio >= train.min_lr_ratio * (1 - 1e-12)
