@@ -24,7 +24,7 @@ Objective = Callable[[Any], Tensor]
 
 @dataclass(frozen=True)
 class Step:
-    """What came of an optimizer step. To ask for more than the loss waits for the device to have done it."""
+    """What came of an optimizer step. To ask for more than `loss_sum` waits until the device is done."""
 
     loss_sum: Tensor
     """This process's sum of token losses, on the device."""

@@ -100,9 +100,9 @@ class LOROAdamW(ShardedOptimizer):
     (0: never); with `exact_steps` staggered every pair has its own place in that count. With `refresh` (lrk,
     reg or all) the moments of a pair are zeroed after its exact step, those of a regular parameter after
     every `exact_every`-th update; after every `refresh_every`-th instead, if that is given.
-    `step(use_exact_loro=…)` and `refresh_states(mode)` decide instead, for
-    drivers that count. `moments` is the dtype that moments are stored in, float32 or bfloat16 (None: the
-    parameter's). `model` is accepted and not kept.
+    `step(use_exact_loro=…)` and `refresh_states(mode)` decide instead, for drivers that count. `moments` is
+    the dtype that moments are stored in, float32 or bfloat16 (None: the parameter's). `model` is accepted
+    and not kept.
 
     `deficient_pairs` counts exact steps of this process that were taken as lazy ones for want of rank.
 
@@ -254,7 +254,8 @@ class LOROAdamW(ShardedOptimizer):
         return self._is_due(holding, pair, self.refresh_every)
 
     def _is_due(self, holding: Holding, pair: int, every: int) -> bool:
-        phase = pair * every // len(self._factors["lowrank_out"]) if self.exact_steps == "staggered" else 0
+        pairs = max(len(self._factors["lowrank_out"]), 1)
+        phase = pair * every // pairs if self.exact_steps == "staggered" else 0
         due = (int(self.state[holding.param]["updates"]) + phase) % every == 0
         return due and is_sound({"sound": self.sound})
 

@@ -182,9 +182,10 @@ class ShardedOptimizer(torch.optim.Optimizer):
     def step_if(self, sound: Tensor) -> None:
         """Do a step that leaves no trace where `sound`, a bool () on the device, is false.
 
-        The host does not wait for it, but in steps that renew bases or are exact. It need be the same on all
-        processes, and every parameter must have a gradient. Once it is known to have been false, the counters
-        are still to be taken back: `forget_step`, before the next step.
+        The host does not wait for it, but in steps that renew bases or are exact, and where a rule takes
+        whole matrices only. It need be the same on all processes, and every parameter must have a gradient.
+        Once it is known to have been false, the counters are still to be taken back: `forget_step`, before
+        the next step.
         """
         self.sound, self._advanced = sound, True
         try:

@@ -20,7 +20,8 @@ from lrpretrain.sharding import Holding
 class SGD(ShardedOptimizer):
     """SGD; `moments` is the dtype that u is stored in, float32 or bfloat16 (None: the parameter's).
 
-    Raises ConfigError for a negative rate or weight decay, or a momentum outside [0, 1).
+    `step_if` waits for the device. Raises ConfigError for a negative rate or weight decay, or a momentum
+    outside [0, 1).
     """
 
     def __init__(

@@ -238,3 +238,11 @@ def test_staggered_exact_steps_are_as_many_and_spread():
             counts[exact_steps].append(optimizer.pop_metrics().get("loro/exact_pairs", 0))
     assert counts["fixed"] == [0, 0, 0, 0, 0, 3] * 2
     assert counts["staggered"] == [0, 1, 0, 1, 0, 1] * 2
+
+
+def test_staggered_steps_need_no_pairs():
+    param = torch.nn.Parameter(torch.ones(3))
+    optimizer = LOROAdamW([{"params": [param]}], lr=0.1, exact_steps="staggered", refresh="all")
+    param.grad = torch.ones(3)
+    optimizer.step()
+    assert (param < 1).all()

@@ -6,6 +6,9 @@ import pytest
 import torch
 
 from lrpretrain.optim import AdamW, GaLoreAdafactor, GaLoreAdamW, GradNormLoRPAdamW, LOROAdamW
+from lrpretrain.optim.adamw8bit import AdamW8bit
+from lrpretrain.optim.gradnormlorp import GradNormLoRPAdafactor
+from lrpretrain.optim.sgd import SGD
 
 GALORE = {
     "warm": {},
@@ -23,7 +26,11 @@ CASES |= {
     "weightnorm": (GradNormLoRPAdamW, {"subspace": "warm"}, {}),
     "weightnorm, int8, left": (GradNormLoRPAdamW, {"moments": "int8", "proj_type": "left"}, {}),
     "lowrank_wn": (GradNormLoRPAdamW, {}, {"mode": "lowrank_wn"}),
+    "weightnorm, adafactor": (GradNormLoRPAdafactor, {}, {"lr": 0.01, "relative_step": False}),
+    "adamw, int8": (AdamW8bit, {}, {}),
+    "sgd": (SGD, {}, {"momentum": 0.9}),
     "loro": (LOROAdamW, {}, {"exact_every": 3, "refresh": "all"}),
+    "factored": (LOROAdamW, {}, {"loro_type": "eucl", "refresh": "all", "refresh_every": 3}),
     "loro, staggered": (LOROAdamW, {}, {"exact_every": 4, "refresh": "lrk", "exact_steps": "staggered"}),
 }
 
@@ -40,7 +47,7 @@ def build(kind, options, kwargs, dtype):
     if kind is LOROAdamW:
         groups += [{"params": params[1::2], "type": "lowrank_in"}]
         groups += [{"params": params[2::2], "type": "lowrank_out"}]
-    elif kind is AdamW:
+    elif kind in (AdamW, AdamW8bit, SGD):
         groups += [{"params": params[1:]}]
     else:
         groups += [{"params": params[1:], "rank": 3, "update_proj_gap": 3} | options]
