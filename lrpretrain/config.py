@@ -7,9 +7,10 @@ jsonargparse, which knows the types, is an implementation detail of this file.
 from __future__ import annotations
 
 import difflib
+import functools
 import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import Field, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -522,7 +523,7 @@ def _section(section: Field[Any]) -> type[Any]:
     return section.default_factory
 
 
-def _parser(prog: str, kind: type[Config] | type[FinetuneConfig]) -> Any:
+def _build_parser(prog: str, kind: type[Config] | type[FinetuneConfig]) -> Any:
     import jsonargparse
 
     logging.getLogger("jsonargparse").setLevel(logging.ERROR)
@@ -532,6 +533,10 @@ def _parser(prog: str, kind: type[Config] | type[FinetuneConfig]) -> Any:
     for section in fields(kind):
         parser.add_class_arguments(_section(section), section.name)
     return parser
+
+
+# It reads the source of the fields' docstrings, once a process.
+_parser: Callable[..., Any] = functools.cache(_build_parser)
 
 
 def _items(argv: Sequence[str], problems: list[Problem | str]) -> Iterator[tuple[str, Any, str]]:
