@@ -76,10 +76,13 @@ def targeted(model: nn.Module, optim: FinetuneOptimConfig) -> FinetuneOptimConfi
 
 
 def build(config: FinetuneConfig, shape: Any, seed: int, dtype: torch.dtype) -> PreTrainedModel:
-    """Load the pretrained model with a new head and, if wanted, adapters; drawn by the seed alone."""
+    """Load the pretrained model with a head and, if wanted, adapters, which are drawn by the seed alone.
+
+    A head that the folder has is kept if it is for as many labels.
+    """
     torch.manual_seed(seed)
-    name = config.model.init_from
-    model = _load(AutoModelForSequenceClassification.from_pretrained, str(name), config=shape)
+    load = functools.partial(AutoModelForSequenceClassification.from_pretrained, ignore_mismatched_sizes=True)
+    model = _load(load, str(config.model.init_from), config=shape)
     model.to(dtype)
     model.config.use_cache = False
     adapters(model, config)
