@@ -12,7 +12,7 @@ import json
 import math
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -42,13 +42,16 @@ from lrpretrain.train.guard import Guard, restarted_after_stop
 from lrpretrain.train.loop import Progress, Trainer, resume
 from lrpretrain.train.score import Scorer
 
+Reader = Callable[[Sequence[str]], tuple[FinetuneConfig, list[Problem | str]]]
+OWN = functools.partial(parse, prog="lrpretrain.finetune", kind=FinetuneConfig)
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Fine-tune from a command line; return the exit code."""
+
+def main(argv: Sequence[str] | None = None, read: Reader = OWN) -> int:
+    """Fine-tune from a command line, as `read` understands it; return the exit code."""
 
     def train(guard: Guard) -> int:
         out, rest = _export_of(sys.argv[1:] if argv is None else argv)
-        config, problems = parse(rest, "lrpretrain.finetune", kind=FinetuneConfig)
+        config, problems = read(rest)
         config, found = check(config, env_procs()[1])
         if problems := [*problems, *found]:
             raise ConfigError(problems)

@@ -13,10 +13,12 @@ import pytest
 import yaml
 from test_recipes import processes
 from tiny import ROOT
+from transformers import RobertaConfig
 
-from lrpretrain import __version__, cli, config
-from lrpretrain.authors import flags
+from lrpretrain import __version__, cli, config, finetune
+from lrpretrain.authors import flags, glue
 from lrpretrain.compare import BASE, Comparison
+from lrpretrain.model import classifier
 from lrpretrain.train import plan
 
 README = (ROOT / "README.md").read_text()
@@ -47,6 +49,16 @@ def translation(line):
     line, _, path = line.partition(" --to_config ")
     assert path.endswith(".yaml")
     train(line, 1)
+
+
+def classification(line):
+    """Translate a line of the authors for GLUE, and check it on RoBERTa's shape; nothing is downloaded."""
+    words = shlex.split(line)
+    found, problems = glue.read(words[2].split(".")[-1].removesuffix("_glue"), words[3:])
+    assert found.model.init_from == "roberta-base"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(classifier, "shape_of", lambda *_: RobertaConfig(max_position_embeddings=514))
+        assert [*problems, *finetune.check(found, 1)[1]] == []
 
 
 def number(line, option):
@@ -141,6 +153,8 @@ TRIED = {
     "source .venv/bin/activate": exists,
     "tensorboard --logdir ": exists,
     "python -m lrpretrain.pretrain ": lambda line: train(line, 1),
+    "python -m lrpretrain.authors.gradnormlorp_glue ": classification,
+    "python -m lrpretrain.authors.loro_glue ": classification,
     "python -m lrpretrain.authors.": translation,
     "torchrun ": torchrun,
     "deepspeed ": deepspeed,
