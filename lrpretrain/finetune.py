@@ -84,7 +84,9 @@ def check(config: FinetuneConfig, n_procs: int) -> tuple[FinetuneConfig, list[Pr
             found.append(f"the package {package} is not installed. Run pip install 'lrpretrain[glue]'")
     # What pretraining says of these two fields is not so here.
     anew = ("model.init_from", "optim.init")
-    known = plan.check(config.of_run(0, 10**6), n_procs)
+    epochs = max(config.train.epochs, 1)
+    some = replace(config, train=replace(config.train, epochs=epochs)).of_run(0, 10**6)
+    known = plan.check(some, n_procs)
     found += [p for p in known if not (isinstance(p, Problem) and p.field in anew)]
     found += _own_problems(config)
     try:
@@ -98,8 +100,8 @@ def check(config: FinetuneConfig, n_procs: int) -> tuple[FinetuneConfig, list[Pr
         reason = f"is longer than the model's {positions} positions"
         found.append(Problem("data.seq_len", config.data.seq_len, reason, "Lower it"))
     optim = config.optim
-    if config.model.adapter != "none":  # its rank is the adapters'
-        optim = replace(optim, rule="loro", rank=optim.adapter_rank, attn_rank=None, mlp_rank=None)
+    if config.model.adapter != "none":  # whose rank must fit as that of GradNormLoRP's adapters
+        optim = replace(optim, rule="gradnormlorp", mode="dora", rank=1, attn_rank=None, mlp_rank=None)
     return config, found + groups.problems(shapes(model), optim)
 
 

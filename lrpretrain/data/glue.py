@@ -168,11 +168,13 @@ def read(data: GlueConfig, split: str) -> Rows:
             assert path is not None
             where = str(path)
             # "null" and "12" may be sentences.
-            options = {"keep_default_na": False, "dtype": str} if path.suffix == ".csv" else {}
+            as_text = {"keep_default_na": False, "converters": dict.fromkeys(task.fields, str)}
+            options = as_text if path.suffix == ".csv" else {}
             table = getattr(datasets.Dataset, READERS[path.suffix])(where, keep_in_memory=True, **options)
     except Exception as error:  # `datasets` raises those of all its parts
         remedy = "Mend it, or see that the hub can be reached; data.path names files of your own"
-        raise DataError(f"{where} cannot be read: {str(error).splitlines()[0]}. {remedy}.") from error
+        why = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
+        raise DataError(f"{where} cannot be read: {why}. {remedy}.") from error
     if missing := {*task.fields, "label"} - set(table.column_names):
         needs = ", ".join((*task.fields, "label"))
         raise DataError(f"{where} has no field {min(missing)!r}: rows of {data.task} have {needs}.")
