@@ -16,6 +16,7 @@ import pyarrow.parquet
 import pytest
 import torch
 import torch.distributed as dist
+import yaml
 from scipy import stats
 from tiny import ROOT, launch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -29,7 +30,7 @@ from transformers import (
     RobertaConfig,
 )
 
-from lrpretrain.config import GlueConfig
+from lrpretrain.config import GlueConfig, find_shipped, shipped_names
 from lrpretrain.data import glue
 from lrpretrain.data.glue import RowLoader
 from lrpretrain.errors import DataError
@@ -51,7 +52,7 @@ SIZES = dict(
 SHAPES = {"bert": BertConfig, "roberta": RobertaConfig, "llama": LlamaConfig}
 
 
-def write_model(folder, kind):
+def write_model(folder, kind, sizes=SIZES):
     """Write a tiny random model with a tokenizer of whole words."""
     words = {word: i for i, word in enumerate([*SPECIAL, *GOOD, *BAD, *OTHER])}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
@@ -66,7 +67,7 @@ def write_model(folder, kind):
         model_input_names=["input_ids", "attention_mask"],
     ).save_pretrained(folder)
     torch.manual_seed(0)
-    AutoModelForSequenceClassification.from_config(SHAPES[kind](**SIZES)).save_pretrained(folder)
+    AutoModelForSequenceClassification.from_config(SHAPES[kind](**sizes)).save_pretrained(folder)
 
 
 def rated(rng, n_good):
@@ -95,7 +96,7 @@ def rows_of(task, n, seed):
         else:
             n_good = rng.randint(0, 4)
             rows.append({"sentence1": rated(rng, n_good), "sentence2": rated(rng, n_good)})
-            rows[-1]["label"] = 1.25 * n_good
+            rows[-1]["label"] = 1.25 * n_good if task == "stsb" else int(n_good > 2)
     return rows
 
 
@@ -107,6 +108,15 @@ def write_rows(path, rows):
         return
     table = pyarrow.Table.from_pylist(rows)
     {".csv": pyarrow.csv.write_csv, ".parquet": pyarrow.parquet.write_table}[path.suffix](table, path)
+
+
+def finish(argv):
+    """Run a command line in this process; return the exit code."""
+    try:
+        return main(argv)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 class Glue:
@@ -141,11 +151,7 @@ class Glue:
         return [f"--{key}={value}" for key, value in (defaults | given).items() if value is not None]
 
     def run(self, run, kind="bert", extra=(), **options):
-        try:
-            return main([*self.options(run, kind, **options), *map(str, extra)])
-        finally:
-            if dist.is_initialized():
-                dist.destroy_process_group()
+        return finish([*self.options(run, kind, **options), *map(str, extra)])
 
     def results(self, run):
         return json.loads((self.folder / run / "results.json").read_text())
@@ -312,6 +318,51 @@ def test_losses_do_not_depend_on_engine_or_processes(task):
         (run,), (expected,) = (task.results(f"{e}_{method}")["runs"] for e in (engine, "one"))
         for values, others in zip(run["epochs"], expected["epochs"], strict=True):
             assert values == pytest.approx(others, rel=1e-5), (engine, method)
+
+
+# Rule or adapter, learning rate, rank, seed, epochs, and the method's own: as in what the recipes name.
+RECIPES = {
+    "full": ("adamw", 1e-5, None, 0, 10, dict(betas=[0.9, 0.98], weight_decay=0.1)),
+    "lora": ("lora", 4e-4, 8, 0, 30, dict(adapter_alpha=16, weight_decay=0.1)),
+    "dora": ("dora", 4e-4, 8, 0, 30, dict(adapter_alpha=16, weight_decay=0.1)),
+    "galore": ("galore", 3e-5, 4, 1234, 30, dict(scale=4, refresh_every=500)),
+    "gradnormlorp": ("gradnormlorp", 3e-5, 4, 1234, 30, dict(scale=4, mode="weightnorm")),
+    "gradnormlorp_lowrank_wn": ("gradnormlorp", 3e-5, 4, 1234, 30, dict(scale=4, mode="lowrank_wn")),
+    "gradnormlorp_dora": ("gradnormlorp", 3e-5, 8, 1234, 30, dict(adapter_rank=8, mode="dora")),
+    "loro": ("loro", 2e-4, 8, 0, 20, dict(adapter_alpha=8, exact_every=100, init="xavier", lr_scaler=1.0)),
+}
+
+
+def test_every_recipe_runs(task):
+    """On a tiny model with RoBERTa's positions, for a step."""
+    shipped = [name for name in shipped_names("recipes") if not name.startswith("llama_")]
+    assert shipped == [f"roberta_base_mrpc_{method}" for method in sorted(RECIPES)]
+    longer = SIZES | {"max_position_embeddings": 514}
+    write_model(task.folder / "longer", "roberta", longer)
+    for split in ("train", "validation"):
+        write_rows(task.folder / f"mrpc/{split}.jsonl", rows_of("mrpc", 40, seed=0))
+    for method, (rule, lr, rank, seed, epochs, own) in RECIPES.items():
+        name = f"roberta_base_mrpc_{method}"
+        given = {"model.init_from": task.folder / "longer", "data.path": task.folder / "mrpc"}
+        given |= {"train.steps": 1, "train.warmup_steps": 0, "run.dir": task.folder / name}
+        if method in ("full", "lora", "dora"):  # 6 % of 230 steps an epoch
+            assert f"warmup_steps: {round(0.06 * 230 * epochs) - (method == 'full')}\n" in recipe_text(name)
+        assert finish(["--config", name, *(f"--{key}={value}" for key, value in given.items())]) == 0
+        read = yaml.safe_load((task.folder / name / "config.yaml").read_text())
+        optim, train = read["optim"], read["train"]
+        assert rule == (optim["rule"] if read["model"]["adapter"] == "none" else read["model"]["adapter"])
+        assert rank in (None, optim["adapter_rank" if rule in ("lora", "dora") else "rank"])
+        assert (lr, seed, epochs) == (optim["lr"], train["seed"], train["epochs"])
+        assert own.items() <= optim.items()
+        layers = [target.rpartition(".")[2] for target in optim["targets"]]
+        assert layers == ["query", "value"] if rule in ("lora", "dora", "loro") else len(layers) == 6
+        assert (read["data"]["task"], read["data"]["seq_len"]) == ("mrpc", 512)
+        assert (train["global_batch"], train["schedule"], train["min_lr_ratio"]) == (16, "linear", 0)
+        assert "not run here" in recipe_text(name).lower() and f"dir: runs/{name}\n" in recipe_text(name)
+
+
+def recipe_text(name):
+    return find_shipped("recipes", name).read_text()
 
 
 def test_torchrun_starts_it(task):
