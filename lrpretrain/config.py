@@ -293,6 +293,9 @@ class ClassifierConfig:
     """Pretrained BERT, RoBERTa or LLaMA: a Hugging Face folder, or a name of the hub (roberta-base)."""
     adapter: Literal["none", "lora", "dora"] = "none"
     """lora, dora: PEFT's adapters of optim.adapter_rank, under AdamW, beside frozen weights."""
+    dropout: float | None = None
+    """Dropout of hidden states, attention and head. Default: the pretrained model's. Each process draws its
+    own: with 0 losses do not depend on their number."""
 
 
 @dataclass
@@ -322,6 +325,10 @@ class FinetuneOptimConfig(OptimConfig):
     """Peak learning rate."""
     rank: int = 8
     """Rank of the projection, or of LORO's adapters."""
+    adapter_rank: int = 8
+    """model.adapter, gradnormlorp with optim.mode=dora: rank of B and A."""
+    adapter_alpha: float = 16.0
+    """model.adapter, optim.mode=dora, loro: BA counts adapter_alpha times, over its rank."""
     scale: float = 4.0
     """galore, gradnormlorp: factor of the projected update (the authors' galore_scale)."""
     refresh_every: int = 500
@@ -337,7 +344,8 @@ class FinetuneOptimConfig(OptimConfig):
     first, the last) or eig_low (the last, times √σ). Their product is taken off the weight, so that
     the network starts as it was."""
     compat: bool = False
-    """loro: as the authors' script: biases of adapted layers become zero, and the head stays as drawn."""
+    """loro: as the authors' script: biases of adapted layers become zero, and the head stays as drawn. Else
+    biases are kept, and new layers, such as the head, are trained beside the adapters."""
     targets: list[str] = field(default_factory=list)
     """Names of the linear layers that the rule or the adapters apply to, with * as wildcard. Default: all of
     the network's blocks."""

@@ -18,10 +18,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 
 from lrpretrain.artifacts import checkpoint
-from lrpretrain.artifacts.export import refuse_taken
+from lrpretrain.artifacts.export import draft, refuse_taken
 from lrpretrain.artifacts.metrics import Metrics, say
 from lrpretrain.artifacts.rundir import RunDir, write_atomically
 from lrpretrain.config import Config, FinetuneConfig, parse
@@ -43,7 +44,7 @@ from lrpretrain.train.loop import Progress, Trainer, resume
 from lrpretrain.train.score import Scorer
 
 Reader = Callable[[Sequence[str]], tuple[FinetuneConfig, list[Problem | str]]]
-OWN = functools.partial(parse, prog="lrpretrain.finetune", kind=FinetuneConfig)
+OWN = functools.partial(parse, prog="lrpretrain.finetune [--export DIR]", kind=FinetuneConfig)
 
 
 def main(argv: Sequence[str] | None = None, read: Reader = OWN) -> int:
@@ -81,12 +82,14 @@ def check(config: FinetuneConfig, n_procs: int) -> tuple[FinetuneConfig, list[Pr
     How many steps an epoch has is not known before the rows are read.
     """
     found = glue.problems(config.data)
-    for package in ("peft", "sklearn"):
+    for package in ("sklearn", *([] if config.model.adapter == "none" else ["peft"])):
         if find_spec(package) is None:
             found.append(f"the package {package} is not installed. Run pip install 'lrpretrain[glue]'")
     # What pretraining says of these two fields is not so here.
     anew = ("model.init_from", "optim.init")
-    known = plan.check(config.of_run(0, 10**6), n_procs)
+    epochs = max(config.train.epochs, 1)
+    some = replace(config, train=replace(config.train, epochs=epochs)).of_run(0, 10**6)
+    known = plan.check(some, n_procs)
     found += [p for p in known if not (isinstance(p, Problem) and p.field in anew)]
     found += _own_problems(config)
     try:
@@ -100,8 +103,8 @@ def check(config: FinetuneConfig, n_procs: int) -> tuple[FinetuneConfig, list[Pr
         reason = f"is longer than the model's {positions} positions"
         found.append(Problem("data.seq_len", config.data.seq_len, reason, "Lower it"))
     optim = config.optim
-    if config.model.adapter != "none":  # its rank is the adapters'
-        optim = replace(optim, rule="loro", rank=optim.adapter_rank, attn_rank=None, mlp_rank=None)
+    if config.model.adapter != "none":  # whose rank must fit as that of GradNormLoRP's adapters
+        optim = replace(optim, rule="gradnormlorp", mode="dora", rank=1, attn_rank=None, mlp_rank=None)
     return config, found + groups.problems(shapes(model), optim)
 
 
@@ -118,6 +121,13 @@ def _own_problems(config: FinetuneConfig) -> list[Problem | str]:
     for key in ("train.epochs", "train.runs", "data.seq_len"):
         section, name = key.split(".")
         refuse(getattr(getattr(config, section), name) < 1, key, "must be at least 1", "Raise it")
+    dropout = config.model.dropout
+    refuse(
+        dropout is not None and not 0 <= dropout < 1,
+        "model.dropout",
+        "must lie in [0, 1)",
+        "Leave it out for the model's own",
+    )
     refuse(train.steps is not None and train.steps < 1, "train.steps", "must be at least 1", "Leave it out")
     refuse(
         config.engine.kind == "zero",
@@ -189,14 +199,14 @@ class _Finetuning:
         if procs.is_first:
             self._say_what(procs)
             self.run_dir.describe(self.config, procs.n_procs, device)
-        for config in self.configs:
-            vars(progress).update(vars(Progress()))
+        for done, config in enumerate(self.configs, 1):
+            vars(progress).update(vars(Progress()))  # the one that status.json is written by
             if procs.is_first:
                 say(f"seed {config.train.seed}: {config.run.dir}")
             self._run(config, device, procs, guard, progress)
             procs.barrier()
             if procs.is_first:
-                self._write_results()
+                self._write_results(self.configs[:done])
         if procs.is_first:
             say(self._summary())
             if self.out is not None:
@@ -219,7 +229,7 @@ class _Finetuning:
         self, config: Config, device: torch.device, procs: Procs, guard: Guard, progress: Progress
     ) -> None:
         """Do one of the runs, from its newest checkpoint if there is one."""
-        run_dir, train = RunDir(config.run.dir), config.train
+        run_dir, train = RunDir(config.run.dir, part_of=self.run_dir), config.train
         if procs.is_first:
             run_dir.create(fresh=config.run.resume == "never")
         procs.barrier()
@@ -227,7 +237,7 @@ class _Finetuning:
         if start is not None and is_complete(start, config):
             progress.step = checkpoint.step_of(start)
             return
-        model = classifier.build(self.config, self.shape, train.seed, DTYPES[config.precision.params])
+        model, drawn = classifier.build(self.config, self.shape, train.seed, DTYPES[config.precision.params])
         engine = assemble(model, config, procs, device, lambda _: None, 0, pad_id=self.shape.pad_token_id)
         engine.objective = functools.partial(_objective, engine)
         position = None
@@ -238,6 +248,8 @@ class _Finetuning:
             trained = sum(h.param.numel() for h in engine.holdings if h.param.requires_grad)
             say(engine.optimizer.describe())
             say(f"{trained:,} parameters are trained, of {sum(h.param.numel() for h in engine.holdings):,}")
+            if drawn:
+                say(f"not in {self.config.model.init_from}, and drawn: {', '.join(sorted(drawn))}")
             if start is not None:
                 say(f"resumed from {start}")
             run_dir.write_status("running", progress.step)
@@ -265,11 +277,9 @@ class _Finetuning:
             if metrics is not None:
                 metrics.close()
 
-    def _write_results(self) -> None:
+    def _write_results(self, done: Sequence[Config]) -> None:
         primary, config = self.task.metrics[0], self.config
-        begun = [(RunDir(c.run.dir), c.train.seed) for c in self.configs]
-        begun = [(run_dir, seed) for run_dir, seed in begun if run_dir.metrics.exists()]
-        runs = [results_of_run(run_dir, seed, self.epoch, primary) for run_dir, seed in begun]
+        runs = [results_of_run(RunDir(c.run.dir), c.train.seed, self.epoch, primary) for c in done]
         results = {
             "task": config.data.task,
             "decides": primary,
@@ -306,11 +316,14 @@ class _Finetuning:
         lasts = [_or_worst(run["last"][primary]) for run in self._results()["runs"]]
         config = self.configs[lasts.index(max(lasts))]
         path = checkpoint.complete(RunDir(config.run.dir).checkpoints)[0]
-        model = classifier.build(self.config, self.shape, config.train.seed, DTYPES[config.precision.params])
+        model, _ = classifier.build(
+            self.config, self.shape, config.train.seed, DTYPES[config.precision.params]
+        )
         holdings = [hold(name, param) for name, param in model.named_parameters()]
         checkpoint.load(path, {f"model/{h.name}": h.piece for h in holdings}, Procs())
-        classifier.merge(model).save_pretrained(out)
-        self.encoder.tokenizer.save_pretrained(out)
+        with draft(out) as folder:
+            classifier.merge(model).save_pretrained(folder)
+            self.encoder.tokenizer.save_pretrained(folder)
         say(f"exported {path} to {out}")
 
 
@@ -319,7 +332,8 @@ class _Trainer(Trainer):
 
     def micros(self, batch: Any) -> Sequence[Any]:
         """Return this process's micro-batches, before dropout draws anything."""
-        torch.manual_seed(hash((self.config.train.seed, self.progress.step, self.procs.proc)) % 2**63)
+        which = self.config.train.seed, self.progress.step, self.procs.proc
+        torch.manual_seed(int(np.random.SeedSequence(which).generate_state(1, np.uint64)[0]) >> 1)
         return cast(Sequence[Any], batch.micros)
 
 

@@ -8,13 +8,12 @@ import pytest
 import torch
 import torch.distributed as dist
 import yaml
-from test_finetune import write_model, write_rows
+from test_finetune import rows_of, write_model, write_rows
 from transformers import get_scheduler
 
 from lrpretrain import finetune, pretrain
 from lrpretrain.authors import command_line, glue
 from lrpretrain.config import FinetuneConfig, parse
-from lrpretrain.model import classifier
 from lrpretrain.train.schedule import lr_ratio
 
 GRADNORMLORP_README = """gradnormlorp --model_name_or_path roberta-base --task_name mrpc --enable_lowrank
@@ -294,19 +293,17 @@ def task(tmp_path_factory):
     """A folder with a tiny RoBERTa and rows of MRPC: the second sentence says nothing."""
     folder = tmp_path_factory.mktemp("glue")
     write_model(folder / "roberta", "roberta")
-    for split, n in (("train", 100), ("validation", 31)):
-        path = folder / f"{split}.jsonl"
-        write_rows(path, n, seed=n)
-        rows = [json.loads(line) for line in path.read_text().splitlines()]
-        pairs = [{"sentence1": r["sentence"], "sentence2": "the film", "label": r["label"]} for r in rows]
-        path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    for seed, (split, n) in enumerate((("train", 100), ("validation", 31))):
+        rows = rows_of("sst2", n, seed)
+        rows = [{"sentence1": r["sentence"], "sentence2": "the film", "label": r["label"]} for r in rows]
+        write_rows(folder / f"{split}.jsonl", rows)
     return folder
 
 
 @pytest.mark.parametrize("line", [GRADNORMLORP_README, LORO_README], ids=lambda line: line[0])
 def test_the_command_of_the_readme_runs(task, line):
-    """Cut to 4 epochs of 13 steps on a tiny model, at its rate."""
-    values = {"--model_name_or_path": task / "roberta", "--max_length": 24, "--num_train_epochs": 4}
+    """Cut to 8 epochs of 13 steps on a tiny model, at its rate."""
+    values = {"--model_name_or_path": task / "roberta", "--max_length": 24, "--num_train_epochs": 8}
     values |= {"--per_device_train_batch_size": 8, "--learning_rate": 0.01, "--update_proj_gap": 5}
     values |= {"--loro_freq": 5, "--loro_rank": 4, "--galore_scale": 1, "--output_dir": task / line[0]}
     words = [str(values.get(flag, word)) for flag, word in zip(["", *line], line, strict=False)]
@@ -319,16 +316,6 @@ def test_the_command_of_the_readme_runs(task, line):
     assert code == 0
     results = json.loads((task / line[0] / "results.json").read_text())
     (run,) = results["runs"]
-    assert [e["step"] for e in run["epochs"]] == [13, 26, 39, 52]
-    assert run["last"]["accuracy"] > 0.85 and run["last"]["f1"] > 0.85
+    assert [e["step"] for e in run["epochs"]] == list(range(13, 105, 13))
+    assert run["last"]["accuracy"] > 0.9 and run["last"]["f1"] > 0.9
     assert (task / f"{line[0]}_model" / "model.safetensors").is_file()
-
-
-def test_a_head_for_other_labels_is_drawn_anew(task):
-    config = read(*f"{GRADNORMLORP} --model_name_or_path {task / 'roberta'} --task_name mnli".split())
-    shape = classifier.shape_of(config, labels=3)
-    heads = [classifier.build(config, shape, seed, torch.float32).classifier for seed in (0, 0, 1)]
-    assert heads[0].out_proj.weight.shape == (3, 32)
-    assert torch.equal(heads[0].out_proj.weight, heads[1].out_proj.weight)
-    assert not torch.equal(heads[0].out_proj.weight, heads[2].out_proj.weight)
-    assert torch.equal(heads[0].dense.weight, heads[2].dense.weight)

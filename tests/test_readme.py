@@ -18,6 +18,7 @@ from transformers import RobertaConfig
 from lrpretrain import __version__, cli, config, finetune
 from lrpretrain.authors import flags, glue
 from lrpretrain.compare import BASE, Comparison
+from lrpretrain.finetune import _export_of
 from lrpretrain.model import classifier
 from lrpretrain.train import plan
 
@@ -42,6 +43,13 @@ def train(line, procs):
         patch.setenv("WORLD_SIZE", str(procs))
         read, problems = parse(words[start + 1 :])
     assert [*problems, *plan.problems(read, procs)] == []
+
+
+def finetuning(line):
+    """Read the command line of a fine-tuning; test_finetune.py runs the recipes and each method."""
+    words = shlex.split(line)
+    _, rest = _export_of(words[words.index("lrpretrain.finetune") + 1 :])
+    assert config.parse(rest, kind=config.FinetuneConfig)[1] == []
 
 
 def translation(line):
@@ -155,6 +163,7 @@ TRIED = {
     "python -m lrpretrain.pretrain ": lambda line: train(line, 1),
     "python -m lrpretrain.authors.gradnormlorp_glue ": classification,
     "python -m lrpretrain.authors.loro_glue ": classification,
+    "python -m lrpretrain.finetune ": finetuning,
     "python -m lrpretrain.authors.": translation,
     "torchrun ": torchrun,
     "deepspeed ": deepspeed,
@@ -187,15 +196,17 @@ def test_an_example_runs(block):
 
 
 def test_every_field_exists():
-    sections = {section.name: section.default_factory for section in fields(config.Config)}
+    sections = {section.name for section in fields(config.Config)}
     named = re.findall(rf"\b({'|'.join(sections)})\.(\w+)", README)
-    wrong = [
-        f"{section}.{name}"
-        for section, name in set(named) - {("run", "sh"), ("run", "json")}
-        if name not in {field.name for field in fields(sections[section])}
-    ]
+    known = {
+        (section.name, field.name)
+        for kind in (config.Config, config.FinetuneConfig)
+        for section in fields(kind)
+        for field in fields(section.default_factory)
+    }
+    wrong = set(named) - {("run", "sh"), ("run", "json")} - known
     assert len(named) > 40
-    assert wrong == []
+    assert wrong == set()
 
 
 def test_the_table_lists_what_can_be_chosen():
@@ -222,6 +233,7 @@ def test_the_recipes_are_those_that_are_shipped():
         r"^\| `(\w+)` \| (.* \d.*) \|$", README.partition("papers' recipes")[2], re.M
     ):
         listed |= {f"llama_{size}_{name}": int(gpus) for name, gpus in re.findall(r"`(\w+)` (\d+)", row)}
+    listed |= dict.fromkeys(re.findall(r"`(roberta_base_mrpc_\w+)`", README), 1)
     assert listed == {name: processes(name) for name in config.shipped_names("recipes")}
 
 

@@ -21,15 +21,18 @@ from lrpretrain.errors import ConfigError, Problem
 
 
 class RunDir:
-    """Paths of a run folder, and its small files. Only the first process writes."""
+    """Paths of a run folder, and its small files. Only the first process writes.
 
-    def __init__(self, path: str | Path):
+    One that is `part_of` a larger run has no status of its own: that of the whole tells.
+    """
+
+    def __init__(self, path: str | Path, part_of: RunDir | None = None):
         self.path = Path(path)
         self.metrics = self.path / "metrics.jsonl"
         self.tensorboard = self.path / "tensorboard"
         self.tokenizer = self.path / "tokenizer.model"
         self.checkpoints = self.path / "checkpoints"
-        self._status = self.path / "status.json"
+        self._status: Path = part_of._status if part_of else self.path / "status.json"
 
     def create(self, *, fresh: bool) -> None:
         """Make the folder and see that it can be written to.

@@ -61,6 +61,10 @@ class Rows:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def by_length(self, which: Sequence[int]) -> list[int]:
+        """Return some rows, the shortest first, by characters: together they take little padding."""
+        return sorted(which, key=lambda i: sum(len(column[i]) for column in self.texts))
+
 
 @dataclass(frozen=True)
 class Encoder:
@@ -87,8 +91,11 @@ class Encoder:
     def micros(
         self, rows: Rows, which: Sequence[int], micro_batch: int, procs: Procs
     ) -> Iterator[tuple[Sequence[int], dict[str, Tensor]]]:
-        """Yield this process's share of some rows in micro-batches, as many of them as on all others."""
-        own = which[procs.proc :: procs.n_procs]
+        """Yield this process's share of some rows in micro-batches, as many of them as on all others.
+
+        Rows of like length go together. Each comes with the numbers of its rows.
+        """
+        own = rows.by_length(which)[procs.proc :: procs.n_procs]
         most = -(-len(which) // procs.n_procs)
         for begin in range(0, most, micro_batch):
             part = own[begin : begin + micro_batch]
@@ -160,18 +167,29 @@ def read(data: GlueConfig, split: str) -> Rows:
             _, path = _file(data, split)
             assert path is not None
             where = str(path)
-            options = {"keep_default_na": False} if path.suffix == ".csv" else {}  # "null" may be a sentence
+            # "null" and "12" may be sentences.
+            as_text = {"keep_default_na": False, "converters": dict.fromkeys(task.fields, str)}
+            options = as_text if path.suffix == ".csv" else {}
             table = getattr(datasets.Dataset, READERS[path.suffix])(where, keep_in_memory=True, **options)
     except Exception as error:  # `datasets` raises those of all its parts
         remedy = "Mend it, or see that the hub can be reached; data.path names files of your own"
-        raise DataError(f"{where} cannot be read: {str(error).splitlines()[0]}. {remedy}.") from error
+        why = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
+        raise DataError(f"{where} cannot be read: {why}. {remedy}.") from error
     if missing := {*task.fields, "label"} - set(table.column_names):
         needs = ", ".join((*task.fields, "label"))
         raise DataError(f"{where} has no field {min(missing)!r}: rows of {data.task} have {needs}.")
     if not len(table):
         raise DataError(f"{where} holds no rows.")
-    texts = tuple([str(text) for text in table[field]] for field in task.fields)
+    texts = tuple(
+        [_text(text, field, i, where) for i, text in enumerate(table[field])] for field in task.fields
+    )
     return Rows(texts, _labels(table["label"], task, where))
+
+
+def _text(value: Any, field: str, row: int, where: str) -> str:
+    if not isinstance(value, str):
+        raise DataError(f"{where}: {field!r} of row {row} is {value!r}, and must be a text. Mend the row.")
+    return value
 
 
 def _labels(values: Sequence[Any], task: Task, where: str) -> npt.NDArray[np.float64]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
+from transformers.utils import logging
 
 from lrpretrain.config import FinetuneConfig, FinetuneOptimConfig
 from lrpretrain.errors import CheckpointError, ConfigError, Problem
@@ -22,6 +23,7 @@ from lrpretrain.model.lowrank import LowRankAdapter
 from lrpretrain.optim.groups import matched
 
 KINDS = ("bert", "roberta", "llama")
+DROPOUTS = {"hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout", "attention_dropout"}
 ROUNDING = 1e-4
 """What merging adapters may change of the logits, relative to their norm."""
 
@@ -36,6 +38,9 @@ def shape_of(config: FinetuneConfig, labels: int) -> Any:
     if shape.model_type not in KINDS:
         reason = f"is a model of type {shape.model_type!r}"
         raise ConfigError([Problem("model.init_from", name, reason, f"Use one of {', '.join(KINDS)}")])
+    if config.model.dropout is not None:
+        for key in DROPOUTS & vars(shape).keys():
+            setattr(shape, key, config.model.dropout)
     return shape
 
 
@@ -75,22 +80,33 @@ def targeted(model: nn.Module, optim: FinetuneOptimConfig) -> FinetuneOptimConfi
     return replace(optim, targets=[f"{prefix}*.{name}" for name in layers])
 
 
-def build(config: FinetuneConfig, shape: Any, seed: int, dtype: torch.dtype) -> PreTrainedModel:
-    """Load the pretrained model with a head and, if wanted, adapters, which are drawn by the seed alone.
+def build(
+    config: FinetuneConfig, shape: Any, seed: int, dtype: torch.dtype
+) -> tuple[PreTrainedModel, set[str]]:
+    """Load the pretrained model with a head and, if wanted, adapters; return it and what was drawn, by name.
 
-    A head that the folder has is kept if it is for as many labels.
+    Only the seed decides what is drawn: what the pretrained model does not have, or for another number of
+    labels. That and the head are trained beside adapters, too, unless `optim.compat` leaves them.
     """
     torch.manual_seed(seed)
-    load = functools.partial(AutoModelForSequenceClassification.from_pretrained, ignore_mismatched_sizes=True)
-    model = _load(load, str(config.model.init_from), config=shape)
+    load, name = AutoModelForSequenceClassification.from_pretrained, str(config.model.init_from)
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()  # a table of what is drawn, from each process
+    try:
+        model, told = _load(load, name, config=shape, ignore_mismatched_sizes=True, output_loading_info=True)
+    finally:
+        logging.set_verbosity(before)
     model.to(dtype)
     model.config.use_cache = False
-    adapters(model, config)
-    return model  # type: ignore[no-any-return]
+    drawn = {*told["missing_keys"], *(mismatch[0] for mismatch in told["mismatched_keys"])}
+    base = f"{model.base_model_prefix}."
+    head = {name for name, _ in model.named_parameters() if not name.startswith(base)}
+    _adapt(model, config, set() if config.optim.compat else head | drawn)
+    return model, drawn
 
 
-def adapters(model: PreTrainedModel, config: FinetuneConfig) -> None:
-    """Put adapters beside the targeted layers, in place, and freeze all else but the head."""
+def _adapt(model: PreTrainedModel, config: FinetuneConfig, trained: set[str]) -> None:
+    """Put adapters beside the targeted layers, in place, and freeze all else but what is `trained`."""
     optim, kind = config.optim, config.model.adapter
     ranks = matched({name: tuple(p.shape) for name, p in model.named_parameters()}, optim)
     if optim.mode == "dora":
@@ -124,10 +140,8 @@ def adapters(model: PreTrainedModel, config: FinetuneConfig) -> None:
         inject_adapter_in_model(lora, model)
     else:
         return
-    if not optim.compat:
-        for name, param in model.named_parameters():
-            if not name.startswith(f"{model.base_model_prefix}."):
-                param.requires_grad_(True)
+    for name in trained:
+        model.get_parameter(name).requires_grad_(True)
 
 
 def _replace(model: nn.Module, name: str, make: Any) -> None:

@@ -49,11 +49,12 @@ class Scorer:
         engine.forward.eval()
         outputs = np.empty((len(rows), self._task.labels))
         at_a_time = self._micro_batch * engine.procs.n_procs
+        order = rows.by_length(range(len(rows)))
         for begin in range(0, len(rows), at_a_time):
             engine.procs.agree(flag())
-            which = range(begin, min(begin + at_a_time, len(rows)))
+            which = order[begin : begin + at_a_time]
             own = self._encoder.micros(rows, which, self._micro_batch, engine.procs)
-            logits = [(list(part), classifier.logits(engine.forward, m, engine.device)[0]) for part, m in own]
+            logits = [(part, classifier.logits(engine.forward, m, engine.device)[0]) for part, m in own]
             known = [(part, values[: len(part)].cpu().numpy()) for part, values in logits]
             for part, found in (pair for pairs in engine.procs.gather(known) for pair in pairs):
                 outputs[part] = found
