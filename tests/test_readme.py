@@ -49,7 +49,9 @@ def finetuning(line):
     """Read the command line of a fine-tuning; test_finetune.py runs the recipes and each method."""
     words = shlex.split(line)
     _, rest = _export_of(words[words.index("lrpretrain.finetune") + 1 :])
-    assert config.parse(rest, kind=config.FinetuneConfig)[1] == []
+    read, problems = config.parse(rest, kind=config.FinetuneConfig)
+    slots = read.train.micro_batch * number(line, "--nproc-per-node")
+    assert problems == [] and read.train.global_batch % slots == 0
 
 
 def translation(line):
@@ -78,7 +80,10 @@ def torchrun(line):
     from torch.distributed.run import parse_args
 
     parse_args(shlex.split(line)[1:])
-    train(line, number(line, "--nnodes") * number(line, "--nproc-per-node"))
+    if "lrpretrain.finetune" in line:
+        finetuning(line)
+    else:
+        train(line, number(line, "--nnodes") * number(line, "--nproc-per-node"))
 
 
 def deepspeed(line):
@@ -100,7 +105,7 @@ def tool(line):
 def script(line):
     _, path, *options = shlex.split(line)
     assert subprocess.run(["bash", "-n", ROOT / path], check=True).returncode == 0
-    assert options == [] or (path, options) == ("launch/environment.sh", ["report"])  # an extra
+    assert options == [] or (path, *options) in {("launch/environment.sh", x) for x in ("report", "glue")}
 
 
 def exists(line):
