@@ -7,12 +7,13 @@ jsonargparse, which knows the types, is an implementation detail of this file.
 from __future__ import annotations
 
 import difflib
+import functools
 import logging
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import Field, asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import yaml
 
@@ -284,6 +285,136 @@ class Config:
     run: RunConfig = field(default_factory=RunConfig)
 
 
+@dataclass
+class ClassifierConfig:
+    """Which network is fine-tuned, and what of it."""
+
+    init_from: str | None = None
+    """Pretrained BERT, RoBERTa or LLaMA: a Hugging Face folder, or a name of the hub (roberta-base)."""
+    adapter: Literal["none", "lora", "dora"] = "none"
+    """lora, dora: PEFT's adapters of optim.adapter_rank, under AdamW, beside frozen weights."""
+    dropout: float | None = None
+    """Dropout of hidden states, attention and head. Default: the pretrained model's. Each process draws its
+    own: with 0 losses do not depend on their number."""
+
+
+@dataclass
+class GlueConfig:
+    """Which task, and where its rows are."""
+
+    task: Literal["cola", "mnli", "mrpc", "qnli", "qqp", "rte", "sst2", "stsb", "wnli"] = "mrpc"
+    """A task of GLUE."""
+    path: str | None = None
+    """Rows with the task's fields and `label`: a .jsonl, .csv or .parquet file of training rows, or a folder
+    of train.*, validation.* (mnli: validation_matched.*, validation_mismatched.*). Default: the hub's."""
+    validation_path: str | None = None
+    """The file of validation rows (mnli: the matched ones), where data.path is a file."""
+    mismatched_path: str | None = None
+    """mnli: the file of mismatched validation rows, where data.path is a file. Default: none."""
+    seq_len: int = 128
+    """Tokens of a row, or of a pair of them, at most: the rest is cut off."""
+
+
+@dataclass
+class FinetuneOptimConfig(OptimConfig):
+    """Which optimizer: as for pretraining, but for defaults, and adapters where the rule is loro."""
+
+    rule: Literal["adamw", "galore", "gradnormlorp", "loro"] = "adamw"
+    """adamw: full fine-tuning, or model.adapter; loro: low-rank adapters beside frozen weights."""
+    lr: float = 3e-5
+    """Peak learning rate."""
+    rank: int = 8
+    """Rank of the projection, or of LORO's adapters."""
+    adapter_rank: int = 8
+    """model.adapter, gradnormlorp with optim.mode=dora: rank of B and A."""
+    adapter_alpha: float = 16.0
+    """model.adapter, optim.mode=dora, loro: BA counts adapter_alpha times, over its rank."""
+    scale: float = 4.0
+    """galore, gradnormlorp: factor of the projected update (the authors' galore_scale)."""
+    refresh_every: int = 500
+    """galore, gradnormlorp: steps between two refreshes of the basis (the authors' update_proj_gap)."""
+    exact_every: int = 100
+    """loro: updates between two exact steps. 0: none."""
+    refresh_moments: Literal["all", "lrk", "reg", "none"] = "none"
+    """loro: whose moments are zeroed after an exact step: all, the factors', the others', none."""
+    lr_scaler: float = 1.0
+    """loro: factor of the learning rate in lazy steps; -1: rank / larger side of the factor."""
+    init: str = "xavier"
+    """loro: initial factors, as for pretraining, or by the weight's singular vectors: spec_top, spec_low (the
+    first, the last) or eig_low (the last, times √σ). Their product is taken off the weight, so that
+    the network starts as it was."""
+    compat: bool = False
+    """loro: as the authors' script: biases of adapted layers become zero, and the head stays as drawn. Else
+    biases are kept, and new layers, such as the head, are trained beside the adapters."""
+    targets: list[str] = field(default_factory=list)
+    """Names of the linear layers that the rule or the adapters apply to, with * as wildcard. Default: all of
+    the network's blocks."""
+
+
+@dataclass
+class FinetuneTrainConfig:
+    """How long, how large, how fast."""
+
+    epochs: int = 3
+    """Passes over the training rows; the validation rows are evaluated after each."""
+    steps: int | None = None
+    """Optimizer steps at most."""
+    seed: int = 0
+    """Seed of the head, the order of rows, dropout and every random choice."""
+    runs: int = 1
+    """Runs, with the seeds train.seed, train.seed + 1, …; results.json has their mean and spread."""
+    micro_batch: int = 16
+    """Rows that one process takes through the network at a time."""
+    global_batch: int = 16
+    """Rows in an optimizer step, over all processes and micro-batches."""
+    log_every: int = 50
+    """Steps between two log lines."""
+    save_every: int = 0
+    """Steps between two checkpoints; there is one at the end of a run as well. 0: an epoch."""
+    schedule: Literal["linear", "cosine", "wsd"] = "linear"
+    """Shape of the learning rate after the warm-up."""
+    warmup_steps: int = 0
+    """Steps of linear warm-up from 0."""
+    min_lr_ratio: float = 0.0
+    """Learning rate at the end, as a ratio of the peak."""
+    clip_norm: float | None = None
+    """Largest norm of the raw gradient (default: no clipping)."""
+    unsound: Literal["stop", "skip"] = "stop"
+    """What is done about a step whose loss or gradient is not finite: stop ends the run, skip goes on with
+    the next batch. It changes nothing in either case."""
+
+
+@dataclass
+class FinetuneConfig:
+    """A fine-tuning on a task of GLUE."""
+
+    model: ClassifierConfig = field(default_factory=ClassifierConfig)
+    data: GlueConfig = field(default_factory=GlueConfig)
+    optim: FinetuneOptimConfig = field(default_factory=FinetuneOptimConfig)
+    train: FinetuneTrainConfig = field(default_factory=FinetuneTrainConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    def of_run(self, run: int, epoch: int) -> Config:
+        """Return one of the runs as engines and the training loop take it; `epoch` is its steps."""
+        train = self.train
+        steps = min(train.epochs * epoch, train.steps or train.epochs * epoch)
+        own = {k: v for k, v in vars(train).items() if k not in ("epochs", "runs")}
+        own |= {"steps": steps, "seed": train.seed + run, "eval_every": epoch, "spike_sigmas": 0.0}
+        own |= {"save_every": train.save_every or epoch, "keep_checkpoints": 1}
+        folder = replace(self.run, dir=str(Path(self.run.dir) / f"seed_{train.seed + run}"))
+        train_config = TrainConfig(**own)
+        return Config(
+            ModelConfig(init_from=self.model.init_from),
+            optim=self.optim,
+            train=train_config,
+            engine=self.engine,
+            precision=self.precision,
+            run=folder,
+        )
+
+
 _SHIPPED = {
     "model_configs": ("model_configs", ".json"),
     "recipes": ("launch/recipes", ".yaml"),
@@ -317,22 +448,28 @@ def shipped_names(kind: str) -> list[str]:
     )
 
 
+C = TypeVar("C", Config, FinetuneConfig)
+
+
 def parse(
-    argv: Sequence[str], prog: str = "lrpretrain.pretrain", onto: Config | None = None
-) -> tuple[Config, list[Problem | str]]:
+    argv: Sequence[str],
+    prog: str = "lrpretrain.pretrain",
+    onto: C | None = None,
+    kind: type[C] = Config,  # type: ignore[assignment]
+) -> tuple[C, list[Problem | str]]:
     """Read a configuration from a command line, and return it with everything that is wrong with it.
 
-    What is not given there is as in `onto`, or the default.
+    What is not given there is as in `onto`, or the default of its `kind`.
 
     Items that cannot be read keep their default, so that the rest can be checked as well. `--help` and
     `--print_config` print and exit.
     """
-    parser = _parser(prog)
+    parser = _parser(prog, kind)
     if any(a in ("-h", "--help") for a in argv):
         parser.parse_args(["--help"])
     problems: list[Problem | str] = []
     values: dict[str, dict[str, Any]] = {} if onto is None else asdict(onto)
-    known = {f"{s.name}.{f.name}" for s in fields(Config) for f in fields(s.default_factory)}  # type: ignore[arg-type]
+    known = {f"{s.name}.{f.name}" for s in fields(kind) for f in fields(_section(s))}
     for key, value, origin in _items(argv, problems):
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
@@ -349,7 +486,7 @@ def parse(
             problems.append(Problem(key, value, f"{_reason(error)} ({origin})", "Give a value of that type"))
         else:
             values.setdefault(section, {})[name] = read[key]
-    config = from_dict(values, parser)
+    config = from_dict(values, parser, kind)
     if any(a.startswith("--print_config") for a in argv):
         if problems:
             raise ConfigError(problems)
@@ -365,35 +502,49 @@ def _reason(error: Exception) -> str:
     return re.sub(r"^Expected an? ", "expected ", text)
 
 
-def from_dict(values: dict[str, dict[str, Any]], parser: Any = None) -> Config:
+def from_dict(
+    values: dict[str, dict[str, Any]],
+    parser: Any = None,
+    kind: type[C] = Config,  # type: ignore[assignment]
+) -> C:
     """Return the configuration of a tree of values, with defaults for what is absent. Raises ConfigError."""
-    parser = parser or _parser("lrpretrain")
+    parser = parser or _parser("lrpretrain", kind)
     try:
         tree = parser.instantiate(parser.parse_object(values))
     except Exception as error:  # jsonargparse raises many kinds
         message = f"the configuration cannot be read: {_reason(error)}. Use the version that wrote it."
         raise ConfigError([message]) from error
-    return Config(**{section.name: tree[section.name] for section in fields(Config)})
+    return kind(**{section.name: tree[section.name] for section in fields(kind)})
 
 
-def to_yaml(config: Config) -> str:
+def to_yaml(config: Config | FinetuneConfig) -> str:
     """Return the configuration as a commented YAML file that `--config` accepts."""
-    parser = _parser("lrpretrain.pretrain")
-    values = {s.name: dict(vars(getattr(config, s.name))) for s in fields(Config)}
+    parser = _parser("lrpretrain", type(config))
+    values = {s.name: dict(vars(getattr(config, s.name))) for s in fields(config)}
     text: str = parser.dump(parser.parse_object(values), skip_unset=False, with_comments=True)
     return text
 
 
-def _parser(prog: str) -> Any:
+def _section(section: Field[Any]) -> type[Any]:
+    """Return the dataclass of a section."""
+    assert isinstance(section.default_factory, type)
+    return section.default_factory
+
+
+def _build_parser(prog: str, kind: type[Config] | type[FinetuneConfig]) -> Any:
     import jsonargparse
 
     logging.getLogger("jsonargparse").setLevel(logging.ERROR)
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = jsonargparse.ArgumentParser(prog=prog, exit_on_error=False, default_env=False)
     parser.add_argument("--config", action="config", help="A recipe's name or a YAML file of these fields.")
-    for section in fields(Config):
-        parser.add_class_arguments(section.default_factory, section.name)
+    for section in fields(kind):
+        parser.add_class_arguments(_section(section), section.name)
     return parser
+
+
+# It reads the source of the fields' docstrings, once a process.
+_parser: Callable[..., Any] = functools.cache(_build_parser)
 
 
 def _items(argv: Sequence[str], problems: list[Problem | str]) -> Iterator[tuple[str, Any, str]]:

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from lrpretrain.artifacts import checkpoint
 from lrpretrain.artifacts.metrics import Metrics, say, summary
 from lrpretrain.artifacts.rundir import RunDir
-from lrpretrain.config import Config, parse
+from lrpretrain.config import Config, FinetuneConfig, parse
 from lrpretrain.data.inputs import open_tokenizer
 from lrpretrain.data.loader import build_loader
 from lrpretrain.data.pack import document_mask
@@ -53,15 +53,24 @@ Reader = Callable[[Sequence[str]], tuple[Config, list[Problem | str]]]
 
 def main(argv: Sequence[str] | None = None, read: Reader = parse) -> int:
     """Run a pretraining from its command line, as `read` understands it; return the exit code."""
-    proc, n_procs, local_proc = env_procs()
+
+    def train(guard: Guard) -> int:
+        config, problems = read(sys.argv[1:] if argv is None else argv)
+        problems += plan.problems(config, env_procs()[1])
+        if problems:
+            raise ConfigError(problems)
+        return pretrain(config, guard)
+
+    return answer_for(train)
+
+
+def answer_for(train: Callable[[Guard], int]) -> int:
+    """Train, under a guard; return the exit code, after a word about what a user can mend."""
+    proc, _, local_proc = env_procs()
     with Guard() as guard:
         guard.leave = lambda _: os._exit(EXIT_STOPPED)
         try:
-            config, problems = read(sys.argv[1:] if argv is None else argv)
-            problems += plan.problems(config, n_procs)
-            if problems:
-                raise ConfigError(problems)
-            return pretrain(config, guard)
+            return train(guard)
         except LrpretrainError as error:
             # What all processes meet is said once; what is wrong with a node, by that node.
             if proc == 0 or (local_proc == 0 and not dist.is_initialized()):
@@ -75,23 +84,44 @@ def pretrain(config: Config, guard: Guard) -> int:
     Raises LrpretrainError for what a user can mend. All processes of the launch call this.
     """
     run_dir = RunDir(config.run.dir)
-    status = run_dir.read_status()
-    if restarted_after_stop(status):
+    if restarted_after_stop(run_dir.read_status()):
         return EXIT_STOPPED
-    starts = _starts(config, run_dir)
+    starts = find_starts(config, run_dir)
+
+    def prepare() -> Work:
+        tokenizer = open_tokenizer(config, llama.load_config(config.model).vocab_size)
+        return functools.partial(_run, config, run_dir, tokenizer, starts)
+
+    code = supervise(config, run_dir, guard, prepare)
+    if code == 0 and env_procs()[0] == 0:
+        say(summary(run_dir))
+    return code
+
+
+Work = Callable[[torch.device, Procs, Guard, Progress], None]
+
+
+def supervise(
+    config: Config | FinetuneConfig, run_dir: RunDir, guard: Guard, prepare: Callable[[], Work]
+) -> int:
+    """Do what `prepare` returns, once the processes have found each other; leave the end in status.json.
+
+    `prepare` is what can go wrong without them. Returns the exit code. Raises what the work raises, but for
+    Stopped. All processes of the launch call this.
+    """
     proc = env_procs()[0]
     run_dir.create(fresh=config.run.resume == "never")
-    ending = _Ending(run_dir, status, Progress())
+    ending = _Ending(run_dir, run_dir.read_status(), Progress())
     if config.run.time_limit_s is not None:
         guard.limit(config.run.time_limit_s)
     guard.leave = ending.leave
     try:
-        tokenizer = open_tokenizer(config, llama.load_config(config.model).vocab_size)
+        work = prepare()
         device = pick_device()
         procs = join(device, config.engine.timeout_s)
         guard.leave = None
         with Peers(procs, ending.follow):
-            _run(config, run_dir, tokenizer, device, procs, guard, starts, ending.progress)
+            work(device, procs, guard, ending.progress)
     except Stopped as stopped:
         if proc == 0:
             why, step = reason(stopped.flag), ending.progress.step
@@ -106,7 +136,6 @@ def pretrain(config: Config, guard: Guard) -> int:
         raise
     if proc == 0:
         ending.record("finished", "", 0)
-        say(summary(run_dir))
     return 0
 
 
@@ -140,7 +169,7 @@ class _Ending:
             print(f"lrpretrain: process {dead} died, see its output; the others end too", file=sys.stderr)
 
 
-def _starts(config: Config, run_dir: RunDir) -> list[Path]:
+def find_starts(config: Config, run_dir: RunDir) -> list[Path]:
     """Return the checkpoints to go on from, the newest first: from the first of them that is intact.
 
     Raises CheckpointError for a path that is none.
@@ -161,7 +190,7 @@ def _starts(config: Config, run_dir: RunDir) -> list[Path]:
     return [path]
 
 
-def _intact(starts: Sequence[Path], run_dir: RunDir, procs: Procs) -> Path | None:
+def find_intact(starts: Sequence[Path], run_dir: RunDir, procs: Procs) -> Path | None:
     """Return the first of the checkpoints that is intact, and say what is wrong with those before it.
 
     None where there are none. Raises CheckpointError on all processes if all are damaged, or if the
@@ -184,7 +213,7 @@ def _intact(starts: Sequence[Path], run_dir: RunDir, procs: Procs) -> Path | Non
     return start
 
 
-def _is_complete(path: Path, config: Config) -> bool:
+def is_complete(path: Path, config: Config) -> bool:
     """Say whether a checkpoint is of the last step, and that was evaluated."""
     at_end = bool(checkpoint.read_manifest(path)["step"] >= config.train.steps)
     return at_end and not checkpoint.read_run(path)["owes_evaluation"]
@@ -194,14 +223,14 @@ def _run(
     config: Config,
     run_dir: RunDir,
     tokenizer: Tokenizer,
+    starts: Sequence[Path],
     device: torch.device,
     procs: Procs,
     guard: Guard,
-    starts: Sequence[Path],
     progress: Progress,
 ) -> None:
-    start = _intact(starts, run_dir, procs)
-    if start is not None and start.parent == run_dir.checkpoints and _is_complete(start, config):
+    start = find_intact(starts, run_dir, procs)
+    if start is not None and start.parent == run_dir.checkpoints and is_complete(start, config):
         progress.step = checkpoint.step_of(start)
         if procs.is_first:
             say(f"This run is complete: {start}")

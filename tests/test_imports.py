@@ -24,6 +24,7 @@ HEIGHTS = {
     "artifacts": 2,
     "train": 3,
     "pretrain": 4,
+    "finetune": 5,
     "bench": 4,
     "compare": 4,
     "report": 4,

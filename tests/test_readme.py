@@ -13,10 +13,13 @@ import pytest
 import yaml
 from test_recipes import processes
 from tiny import ROOT
+from transformers import RobertaConfig
 
-from lrpretrain import __version__, cli, config
-from lrpretrain.authors import flags
+from lrpretrain import __version__, cli, config, finetune
+from lrpretrain.authors import flags, glue
 from lrpretrain.compare import BASE, Comparison
+from lrpretrain.finetune import _export_of
+from lrpretrain.model import classifier
 from lrpretrain.train import plan
 
 README = (ROOT / "README.md").read_text()
@@ -42,11 +45,30 @@ def train(line, procs):
     assert [*problems, *plan.problems(read, procs)] == []
 
 
+def finetuning(line):
+    """Read the command line of a fine-tuning; test_finetune.py runs the recipes and each method."""
+    words = shlex.split(line)
+    _, rest = _export_of(words[words.index("lrpretrain.finetune") + 1 :])
+    read, problems = config.parse(rest, kind=config.FinetuneConfig)
+    slots = read.train.micro_batch * number(line, "--nproc-per-node")
+    assert problems == [] and read.train.global_batch % slots == 0
+
+
 def translation(line):
     """Translate a line of the authors, without writing the file that it names."""
     line, _, path = line.partition(" --to_config ")
     assert path.endswith(".yaml")
     train(line, 1)
+
+
+def classification(line):
+    """Translate a line of the authors for GLUE, and check it on RoBERTa's shape; nothing is downloaded."""
+    words = shlex.split(line)
+    found, problems = glue.read(words[2].split(".")[-1].removesuffix("_glue"), words[3:])
+    assert found.model.init_from == "roberta-base"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(classifier, "shape_of", lambda *_: RobertaConfig(max_position_embeddings=514))
+        assert [*problems, *finetune.check(found, 1)[1]] == []
 
 
 def number(line, option):
@@ -58,7 +80,10 @@ def torchrun(line):
     from torch.distributed.run import parse_args
 
     parse_args(shlex.split(line)[1:])
-    train(line, number(line, "--nnodes") * number(line, "--nproc-per-node"))
+    if "lrpretrain.finetune" in line:
+        finetuning(line)
+    else:
+        train(line, number(line, "--nnodes") * number(line, "--nproc-per-node"))
 
 
 def deepspeed(line):
@@ -80,7 +105,7 @@ def tool(line):
 def script(line):
     _, path, *options = shlex.split(line)
     assert subprocess.run(["bash", "-n", ROOT / path], check=True).returncode == 0
-    assert options == [] or (path, options) == ("launch/environment.sh", ["report"])  # an extra
+    assert options == [] or (path, *options) in {("launch/environment.sh", x) for x in ("report", "glue")}
 
 
 def exists(line):
@@ -141,6 +166,9 @@ TRIED = {
     "source .venv/bin/activate": exists,
     "tensorboard --logdir ": exists,
     "python -m lrpretrain.pretrain ": lambda line: train(line, 1),
+    "python -m lrpretrain.authors.gradnormlorp_glue ": classification,
+    "python -m lrpretrain.authors.loro_glue ": classification,
+    "python -m lrpretrain.finetune ": finetuning,
     "python -m lrpretrain.authors.": translation,
     "torchrun ": torchrun,
     "deepspeed ": deepspeed,
@@ -173,15 +201,17 @@ def test_an_example_runs(block):
 
 
 def test_every_field_exists():
-    sections = {section.name: section.default_factory for section in fields(config.Config)}
+    sections = {section.name for section in fields(config.Config)}
     named = re.findall(rf"\b({'|'.join(sections)})\.(\w+)", README)
-    wrong = [
-        f"{section}.{name}"
-        for section, name in set(named) - {("run", "sh"), ("run", "json")}
-        if name not in {field.name for field in fields(sections[section])}
-    ]
+    known = {
+        (section.name, field.name)
+        for kind in (config.Config, config.FinetuneConfig)
+        for section in fields(kind)
+        for field in fields(section.default_factory)
+    }
+    wrong = set(named) - {("run", "sh"), ("run", "json")} - known
     assert len(named) > 40
-    assert wrong == []
+    assert wrong == set()
 
 
 def test_the_table_lists_what_can_be_chosen():
@@ -208,6 +238,7 @@ def test_the_recipes_are_those_that_are_shipped():
         r"^\| `(\w+)` \| (.* \d.*) \|$", README.partition("papers' recipes")[2], re.M
     ):
         listed |= {f"llama_{size}_{name}": int(gpus) for name, gpus in re.findall(r"`(\w+)` (\d+)", row)}
+    listed |= dict.fromkeys(re.findall(r"`(roberta_base_mrpc_\w+)`", README), 1)
     assert listed == {name: processes(name) for name in config.shipped_names("recipes")}
 
 

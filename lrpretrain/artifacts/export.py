@@ -81,7 +81,7 @@ def export(
     ids = {"bos_token_id": None, "eos_token_id": shape.eos_token_id, "pad_token_id": shape.pad_token_id}
     if tokenizer is not None:
         ids |= {"eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
-    with _draft(out) as folder:
+    with draft(out) as folder:
         (folder / "config.json").write_text(json.dumps(config | ids, indent=2) + "\n")
         GenerationConfig(**ids).save_pretrained(folder)
         if tokenizer is not None:
@@ -135,7 +135,7 @@ def merge(model: Llama, shape: LlamaConfig) -> LlamaForCausalLM:
 
 
 @contextmanager
-def _draft(out: Path) -> Iterator[Path]:
+def draft(out: Path) -> Iterator[Path]:
     """Yield a folder beside `out` that becomes it at the end, and goes where it does not come to that."""
     out = out.resolve()
     draft = out.with_name(f".{out.name}.{os.getpid()}")

@@ -26,10 +26,13 @@ class Timed(Protocol):
 
 
 class Metrics:
-    """Writes what a step measured; only the first process has one."""
+    """Writes what a step measured; only the first process has one.
+
+    Without `flops_per_token`, which a classifier does not tell, there is no MFU and no perplexity.
+    """
 
     def __init__(
-        self, run_dir: RunDir, start_step: int, total_steps: int, flops_per_token: float, n_procs: int
+        self, run_dir: RunDir, start_step: int, total_steps: int, flops_per_token: float | None, n_procs: int
     ):
         self._file = open(run_dir.metrics, "a", buffering=1)  # noqa: SIM115 - lives as long as the run
         self._folder = str(run_dir.tensorboard)
@@ -64,7 +67,7 @@ class Metrics:
         except OSError as error:
             self._board = None  # a writer that failed once fails for ever
             say(f"metrics of step {step} cannot be written: {error}. Make room for the run folder.")
-        say(console_line(values, self._steps))
+        say(console_line(values, self._steps, self._flops_per_token is not None))
         if text is not None:
             say(f"step {step:06d}/{self._steps:06d} | sample: {text}")
         self._since, self._step = time.perf_counter(), step
@@ -98,7 +101,7 @@ class Metrics:
             "perf/data_wait_ms": self._wait_ms / steps,
             "perf/optim_ms": sum(update.ms() for update in self._updates) / steps,
         }
-        if self._peak:
+        if self._peak and self._flops_per_token is not None:
             values["perf/mfu"] = rate * self._flops_per_token / self._peak
         return values
 
@@ -109,14 +112,14 @@ class Metrics:
                 file.close()
 
 
-def console_line(values: dict[str, float], steps: int) -> str:
-    """Return the line of one step."""
+def console_line(values: dict[str, float], steps: int, language: bool = True) -> str:
+    """Return the line of one step; only that of a `language` model has a perplexity in training."""
     step = int(values["step"])
     parts = [f"step {step:06d}/{steps:06d}"]
     if "train/loss" in values:
         parts += [
             f"loss {values['train/loss']:.4f}",
-            f"ppl {perplexity(values['train/loss']):.1f}",
+            *([f"ppl {perplexity(values['train/loss']):.1f}"] if language else []),
             f"lr {values['train/lr']:.1e}",
             f"gnorm {values['train/grad_norm']:.2f}",
             f"{values['perf/tokens_per_s'] / 1e3:.1f}k tok/s",
@@ -129,8 +132,9 @@ def console_line(values: dict[str, float], steps: int) -> str:
     if "train/loss" in values:
         seconds = values["perf/step_ms"] / 1e3 * (steps - step)
         parts.append(f"eta {int(seconds // 3600)}h{int(seconds % 3600 // 60):02d}")
-    if "valid/loss" in values:
-        parts.append(f"valid loss {values['valid/loss']:.4f} | valid ppl {values['valid/ppl']:.1f}")
+    measured = {tag.removeprefix("valid/"): v for tag, v in values.items() if tag.startswith("valid/")}
+    measured.pop("targets", None)
+    parts += [f"valid {name} {value:.{1 if name == 'ppl' else 4}f}" for name, value in measured.items()]
     return " | ".join(parts)
 
 

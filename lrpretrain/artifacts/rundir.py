@@ -16,20 +16,23 @@ from typing import Any
 import torch
 
 from lrpretrain import __version__
-from lrpretrain.config import Config, to_yaml
+from lrpretrain.config import Config, FinetuneConfig, to_yaml
 from lrpretrain.errors import ConfigError, Problem
 
 
 class RunDir:
-    """Paths of a run folder, and its small files. Only the first process writes."""
+    """Paths of a run folder, and its small files. Only the first process writes.
 
-    def __init__(self, path: str | Path):
+    One that is `part_of` a larger run has no status of its own: that of the whole tells.
+    """
+
+    def __init__(self, path: str | Path, part_of: RunDir | None = None):
         self.path = Path(path)
         self.metrics = self.path / "metrics.jsonl"
         self.tensorboard = self.path / "tensorboard"
         self.tokenizer = self.path / "tokenizer.model"
         self.checkpoints = self.path / "checkpoints"
-        self._status = self.path / "status.json"
+        self._status: Path = part_of._status if part_of else self.path / "status.json"
 
     def create(self, *, fresh: bool) -> None:
         """Make the folder and see that it can be written to.
@@ -51,7 +54,13 @@ class RunDir:
                 [Problem("run.dir", str(self.path), "holds a run, which would be overwritten", remedy)]
             )
 
-    def describe(self, config: Config, n_procs: int, device: torch.device, tokenizer: Path | None) -> None:
+    def describe(
+        self,
+        config: Config | FinetuneConfig,
+        n_procs: int,
+        device: torch.device,
+        tokenizer: Path | None = None,
+    ) -> None:
         """Write config.yaml and environment.json, and a copy of the sentencepiece file, if there is one."""
         if tokenizer is not None and not self.tokenizer.exists():
             shutil.copyfile(tokenizer, self.tokenizer)

@@ -2,42 +2,22 @@
 
 Source: the parsers of GaLore (jiaweizzhao/GaLore at 2cc66f8, `torchrun_main.py`), GradNormLoRP (Jhhuangkay's
 repository at 66c8e76, the same and `test_train.py`) and LORO (mzf666/LORO-main at 4da57b6, `run_c4.py`). The
-names and defaults are theirs. Options of our own, --section.field VALUE, may stand among them and win; with
-`--to_config FILE` the configuration is only written.
+names and defaults are theirs.
 """
 
 from __future__ import annotations
 
-import difflib
 import functools
-import json
-from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import yaml
+from typing import Any
 
 from lrpretrain import pretrain
-from lrpretrain.artifacts.metrics import say
-from lrpretrain.config import Config, find_shipped, from_dict, parse, to_yaml
-from lrpretrain.engine.device import env_procs
-from lrpretrain.errors import ConfigError, Problem
+from lrpretrain.authors import command_line
+from lrpretrain.authors.command_line import REQUIRED, TO_CONFIG, Flag, Translation
+from lrpretrain.config import Config, find_shipped
+from lrpretrain.errors import Problem
 from lrpretrain.optim.groups import PROJECTED
-
-
-class Flag(NamedTuple):
-    """A flag of a script."""
-
-    kind: Callable[[str], Any] | tuple[str, ...] | None
-    """Reads the value; a tuple lists what it can be; None: a switch, which takes none."""
-    default: Any = None
-    becomes: str | None = None
-    """The field that gets its value; None: see `_Translation`."""
-
-
-REQUIRED = object()
 
 
 def _tokens(text: str) -> int:
@@ -78,7 +58,7 @@ COMMON = {
     "galore_scale": Flag(float, 1.0),
     "proj_type": Flag(("std", "reverse_std", "left", "right", "full"), "std"),
     "single_gpu": Flag(None, False),
-    "to_config": Flag(str),  # ours
+    "to_config": TO_CONFIG,
 }
 LORO = {
     "scheduler": Flag(("linear", "cosine", "const", "cosine_restart", "cosine_restart_zero"), "cosine"),
@@ -99,7 +79,6 @@ LORO = {
     "save_ckpt": Flag(None, False),
 }
 FLAGS = {"galore": COMMON, "gradnormlorp": COMMON, "loro": COMMON | LORO}
-NAMES = {"galore": "GaLore", "gradnormlorp": "GradNormLoRP", "loro": "LORO"}
 MEANINGLESS = ("use_hf_model", "tags", "name", "save_ckpt")
 TARGETS = {"attn": "*.self_attn.*_proj", "mlp": "*.mlp.*_proj"}
 
@@ -137,121 +116,27 @@ def main(project: str, argv: Sequence[str] | None = None) -> int:
 
 
 def read(project: str, argv: Sequence[str]) -> tuple[Config, list[Problem | str]]:
-    """Translate a command line; return the configuration, and everything that is wrong with the line.
-
-    The first process prints what differs from the defaults, as a valid --config, and from the authors' code.
-    `--help` and `--to_config FILE` exit. Raises ConfigError where there is nothing to check further.
-    """
-    if any(a in ("-h", "--help") for a in argv):
-        print(_help(project))
-        raise SystemExit(0)
-    problems: list[Problem | str] = []
-    values, own = _split(FLAGS[project], argv, problems)
-    if problems:
-        raise ConfigError(problems)
-    found = _Translation(project, values, own)
-    tree: dict[str, dict[str, Any]] = {}
-    for key, value in found.settings.items():
-        if value is not None:
-            section, name = key.split(".")
-            tree.setdefault(section, {})[name] = value
-    config, wrong = parse(own, onto=from_dict(tree))
-    problems = [*found.problems, *wrong]
-    if problems:
-        if values["to_config"]:
-            raise ConfigError(problems)
-        return config, problems
-    if env_procs()[0] == 0:
-        say("The configuration, where it differs from the defaults:")
-        say(yaml.safe_dump(_changed(config), sort_keys=False).rstrip())
-        say(f"Differs from {NAMES[project]}'s code in:")
-        for note in found.notes:
-            say(f"- {note}")
-    if values["to_config"]:
-        _write(values["to_config"], config)
-        raise SystemExit(0)
-    return config, []
+    """Translate a command line, as `command_line.read` does."""
+    return command_line.read(Pretraining, project, argv)
 
 
-def _split(
-    flags: Mapping[str, Flag], argv: Sequence[str], problems: list[Problem | str]
-) -> tuple[dict[str, Any], list[str]]:
-    """Return the value of every flag, and the options of our own as they stand."""
-    values = {name: flag.default for name, flag in flags.items()}
-    own: list[str] = []
-    rest = deque(argv)
-    while rest:
-        argument = rest.popleft()
-        name, equals, text = argument.removeprefix("--").partition("=")
-        if not argument.startswith("--"):
-            problems.append(f"{argument!r} is not an option. `--help` lists them")
-            continue
-        flag = flags.get(name)
-        ours = "." in name or name in ("local_rank", "local-rank")  # launchers add the latter
-        takes = ours or (not rest[0].startswith("--") if flag is None and rest else flag and flag.kind)
-        value = text if equals else rest.popleft() if takes and rest else None
-        if ours:
-            own += [f"--{name}"] if value is None else [f"--{name}={value}"]
-        elif flag is None:
-            near = difflib.get_close_matches(name, flags, n=1)
-            remedy = f"Perhaps --{near[0]} is meant" if near else "`--help` lists them"
-            problems.append(Problem(f"--{name}", value, "is not a flag of the script", remedy))
-        elif flag.kind is None:
-            values[name] = True
-            if value is not None:
-                problems.append(Problem(f"--{name}", value, "takes no value", f"Write --{name}"))
-        elif value is None:
-            problems.append(Problem(f"--{name}", None, "has no value", f"Write --{name} VALUE"))
-        else:
-            values[name] = _value(name, flag.kind, value, problems)
-    missing = (name for name, value in values.items() if value is REQUIRED)
-    problems += [Problem(f"--{name}", None, "is required", f"Write --{name} VALUE") for name in missing]
-    return values, own
+class Pretraining(Translation[Config]):
+    """What the flags of a project's pretraining script become."""
 
+    kind, script, entry = Config, "pretraining", "lrpretrain.pretrain"
+    flags, optimizers = FLAGS, OPTIMIZERS
+    idle = dict.fromkeys(MEANINGLESS, "accepted, without a meaning here")
 
-def _value(name: str, kind: Any, text: str, problems: list[Problem | str]) -> Any:
-    if isinstance(kind, tuple):
-        if text not in kind:
-            problems.append(Problem(f"--{name}", text, "is not known", f"Use one of {', '.join(kind)}"))
-        return text
-    try:
-        return kind(text)
-    except ValueError:
-        wanted = {float: "a number", str: "text"}.get(kind, "a whole number")
-        problems.append(Problem(f"--{name}", text, f"is not {wanted}", "Give one"))
-        return None
-
-
-class _Translation:
-    """What the values of the flags become: settings by field, notes on what differs, problems."""
-
-    def __init__(self, project: str, values: Mapping[str, Any], own: Sequence[str]):
-        self.project, self.values = project, values
-        self.stated = dict(option.removeprefix("--").split("=", 1) for option in own if "=" in option)
-        self.n_procs = env_procs()[1]
-        self.problems: list[Problem | str] = []
-        self.notes: list[str] = []
-        flags = FLAGS[project]
-        self.settings = {f.becomes: values[name] for name, f in flags.items() if f.becomes is not None}
+    def translate(self) -> None:
+        """Set what no flag becomes by itself."""
         self._engine()
         self._model_and_data()
         self._optimizer()
         self._steps()
         self._schedule()
-        if idle := [
-            f"--{name}"
-            for name in MEANINGLESS
-            if values.get(name) != getattr(flags.get(name), "default", None)
-        ]:
-            self.notes.append(f"{', '.join(idle)}: accepted, without a meaning here")
-
-    def _refuse(self, flag: str, reason: str, remedy: str) -> None:
-        self.problems.append(Problem(f"--{flag}", self.values[flag], reason, remedy))
 
     def _engine(self) -> None:
-        kind = "local" if self.n_procs == 1 else "ddp"
-        self.settings["engine.kind"] = kind
-        kind = self.stated.get("engine.kind", kind)
+        kind = self.stated.get("engine.kind", self.settings["engine.kind"])
         if self.values["single_gpu"] and self.n_procs > 1:
             reason = f"{self.n_procs} processes were started"
             self._refuse("single_gpu", reason, "Start one, or leave it out")
@@ -418,38 +303,3 @@ class _Translation:
         }
         if kind == "cosine_restart_zero":
             self.notes.append("the first step has the rate 0; theirs goes on to the next rate")
-
-
-def _changed(config: Config) -> dict[str, dict[str, Any]]:
-    """Return the fields that differ from their defaults, by section."""
-    ours, defaults = (json.loads(json.dumps(asdict(c))) for c in (config, Config()))  # tuples are lists there
-    changed = {
-        section: {name: value for name, value in fields.items() if value != defaults[section][name]}
-        for section, fields in ours.items()
-    }
-    return {section: fields for section, fields in changed.items() if fields}
-
-
-def _write(path: str, config: Config) -> None:
-    if env_procs()[0] != 0:
-        return
-    try:
-        Path(path).write_text(to_yaml(config))
-    except OSError as error:
-        raise ConfigError(
-            [Problem("--to_config", path, f"cannot be written: {error}", "Name a file")]
-        ) from error
-    say(f"written to {path}")
-
-
-def _help(project: str) -> str:
-    """Return the flags, with their defaults and the fields that they become."""
-    lines = [
-        f"The flags of {NAMES[project]}'s pretraining script. Options of lrpretrain.pretrain may be added."
-    ]
-    for name, (kind, default, becomes) in FLAGS[project].items():
-        shown = "" if kind is None else "REQUIRED" if default is REQUIRED else str(default)
-        choices = f"one of {', '.join(kind)}" if isinstance(kind, tuple) else ""
-        lines.append(f"  --{name} {shown}".ljust(36) + (f"→ {becomes}" if becomes else choices))
-    lines.append(f"--optimizer: {', '.join(OPTIMIZERS[project])}")
-    return "\n".join(lines)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
+from transformers import PreTrainedModel
 
 from lrpretrain.config import Config
 from lrpretrain.engine import ds_config
@@ -12,27 +15,52 @@ from lrpretrain.engine.local import DDP, Local
 from lrpretrain.engine.zero import Zero
 from lrpretrain.model import blocks, llama
 from lrpretrain.optim import groups
+from lrpretrain.sharding import Holding
 from lrpretrain.sharding.procs import Procs
 
-__all__ = ["Engine", "Step", "build_engine"]
+__all__ = ["Engine", "Step", "assemble", "build_engine"]
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def build_engine(
     config: Config, procs: Procs, device: torch.device, *, pad_id: int, mask: Mask | None = None
 ) -> Engine:
-    """Build, lay out and initialise the model, and build its optimizer.
+    """Build, lay out and initialise a model to pretrain, and build its optimizer; see `assemble`."""
+    model = llama.configured(config, DTYPES[config.precision.params])
+    seed, std = config.train.seed, model.config.initializer_range
+    init, init_from = config.optim.init, config.model.init_from
+
+    def fill(holdings: list[Holding]) -> None:
+        llama.initialize(holdings, seed, std, init, init_from)
+
+    hidden_size = model.config.hidden_size
+    return assemble(model, config, procs, device, fill, hidden_size, pad_id=pad_id, mask=mask)
+
+
+def assemble(
+    model: PreTrainedModel,
+    config: Config,
+    procs: Procs,
+    device: torch.device,
+    fill: Callable[[list[Holding]], None],
+    hidden_size: int,
+    *,
+    pad_id: int,
+    mask: Mask | None = None,
+) -> Engine:
+    """Lay out a model, `fill` what this process holds of it with values, and build its optimizer.
 
     The order matters: a model without memory is laid out first, so that no process ever holds what is
     not its own; values come next, tile by tile; wrappers that broadcast or hook into parameters after that;
-    the optimizer last, on the parameters that stay. All processes must call this.
+    the optimizer last, on the parameters that stay. LORO's factors count by `hidden_size`, or by themselves
+    if it is 0. All processes must call this.
     """
-    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-    model = llama.configured(config, dtypes[config.precision.params])
     kind = {"local": Local, "ddp": DDP, "fsdp": FSDP, "zero": Zero}[config.engine.kind]
     engine = kind(model, procs, device, pad_id, mask)
     if isinstance(engine, FSDP):
-        engine.compute = dtypes[config.precision.compute]
-        engine.reduce = dtypes[config.precision.reduce]
+        engine.compute = DTYPES[config.precision.compute]
+        engine.reduce = DTYPES[config.precision.reduce]
         engine.accumulate_unsharded = config.engine.accumulate_unsharded
         engine.replicas = config.engine.replicas
         engine.reshard_after_forward = config.engine.reshard_after_forward
@@ -44,14 +72,12 @@ def build_engine(
         engine.projected = groups.projected(llama.shapes(model), config.optim)
     _lay_out(engine, config)
     engine.holdings = engine.hold()
-    std = model.config.initializer_range
-    init_from = config.model.init_from
-    llama.initialize(engine.holdings, config.train.seed, std, config.optim.init, init_from)
+    fill(engine.holdings)
     engine.publish()
     if isinstance(engine, DDP):
         engine.wrap()
     params = ((h.name, h.param) for h in engine.holdings)
-    engine.optimizer = groups.build_optimizer(params, config.optim, model.config.hidden_size)
+    engine.optimizer = groups.build_optimizer(params, config.optim, hidden_size)
     return engine
 
 

@@ -6,18 +6,20 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from lrpretrain.engine.later import Later, Stopwatch
-from lrpretrain.model.llama import Llama
 from lrpretrain.optim import ShardedOptimizer
 from lrpretrain.sharding import Holding, Piece, hold
 from lrpretrain.sharding.procs import Procs
 
 Mask = Callable[[Tensor], Tensor]
 Judge = Callable[[Tensor], Tensor]
+Objective = Callable[[Any], Tensor]
 
 
 @dataclass(frozen=True)
@@ -52,16 +54,20 @@ class Engine:
 
     `model` is the module with the parameters' plain names; `forward` is what is called, which may
     wrap it; `holdings` is what this process has of every parameter. `mask` makes an attention mask
-    (b, 1, l, l) from token ids (b, l); None is plain causal attention. Methods are collective.
+    (b, 1, l, l) from token ids (b, l); None is plain causal attention. `objective` is the summed loss () of
+    a micro-batch, of ids (b, l) if nothing else is set. Methods are collective.
     """
 
-    def __init__(self, model: Llama, procs: Procs, device: torch.device, pad_id: int, mask: Mask | None):
+    def __init__(
+        self, model: PreTrainedModel, procs: Procs, device: torch.device, pad_id: int, mask: Mask | None
+    ):
         self.model = model
         self.forward: nn.Module = model
         self.procs = procs
         self.device = device
         self.pad_id = pad_id
         self.mask = mask
+        self.objective: Objective = self._token_loss_sum
         # Both are set once the parameters are where they stay. Looked up anew, FSDP2 may show whole copies in
         # the compute dtype: after a forward without backward the root stays unsharded.
         self.holdings: list[Holding]
@@ -81,16 +87,16 @@ class Engine:
 
     def train_step(
         self,
-        micros: Sequence[Tensor],
+        micros: Sequence[Any],
         targets: int,
         clip_norm: float | None,
         lr_ratio: float,
         judge: Judge = torch.isfinite,
     ) -> Step:
-        """Do one optimizer step with this process's micro-batches of ids (b, l).
+        """Do one optimizer step with this process's micro-batches, of which `objective` makes the loss.
 
-        `targets` is the number of tokens that the loss of the whole step is taken over, on all processes:
-        every token weighs 1/targets. Gradients are clipped to `clip_norm`, and parameters updated with
+        `targets` is the number of tokens or rows that the loss of the whole step is taken over, on all
+        processes: each weighs 1/targets. Gradients are clipped to `clip_norm`, and parameters updated with
         `lr_ratio` times their peak learning rates, if the step is sound: `judge` finds the mean loss () fine,
         in a bool () on the device, and the gradient is finite. The host does not wait for either.
         """
@@ -113,13 +119,13 @@ class Engine:
             self.optimizer.forget_step()
         self._last = None
 
-    def accumulate(self, micros: Sequence[Tensor], targets: int) -> Tensor:
+    def accumulate(self, micros: Sequence[Any], targets: int) -> Tensor:
         """Run forward and backward; return this process's sum of token losses, on the device."""
         self.forward.train()
         total = torch.zeros((), device=self.device)
-        for i, ids in enumerate(micros):
+        for i, micro in enumerate(micros):
             with self.accumulation(last=i == len(micros) - 1):
-                loss = self._loss_sum(ids)
+                loss = self.objective(micro)
                 # Engines average gradients over the processes; times their number that is a sum.
                 self.backward(loss * (self.procs.n_procs / max(targets, 1)))
             total += loss.detach()
@@ -141,10 +147,10 @@ class Engine:
         return norm, sound
 
     @torch.no_grad()
-    def loss_sum(self, ids: Tensor) -> Tensor:
-        """Return the sum of the token losses of this process's rows, without gradients."""
+    def loss_sum(self, micro: Any) -> Tensor:
+        """Return the sum of the losses of a micro-batch, without gradients."""
         self.forward.eval()
-        return self._loss_sum(ids)
+        return self.objective(micro)
 
     @torch.no_grad()
     @torch.compiler.set_stance("force_eager")  # other lengths would be compiled anew
@@ -186,7 +192,7 @@ class Engine:
         """Return the bytes of optimizer state on this process."""
         return sum(p.tensor.numel() * p.tensor.element_size() for _, _, p in self.optimizer.pieces())
 
-    def _loss_sum(self, ids: Tensor) -> Tensor:
+    def _token_loss_sum(self, ids: Tensor) -> Tensor:
         if self.device.type == "cuda":
             ids = ids.pin_memory()  # else the host would wait for the copy, and all that is before it
         ids = ids.to(self.device, non_blocking=True)

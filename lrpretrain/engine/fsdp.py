@@ -12,6 +12,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard
 
 from lrpretrain.engine.base import Engine
+from lrpretrain.model import blocks
 from lrpretrain.model.llama import materialize
 
 
@@ -41,17 +42,19 @@ class FSDP(Engine):
             return Shard(1) if fits else None
 
         policy = MixedPrecisionPolicy(param_dtype=self.compute, reduce_dtype=self.reduce)
-        blocks, reshard = list(self.model.model.layers), self.reshard_after_forward
-        for block in blocks:
+        reshard = self.reshard_after_forward
+        layers = [
             fully_shard(
                 block, mesh=mesh, mp_policy=policy, shard_placement_fn=place, reshard_after_forward=reshard
             )
+            for block in blocks.of(self.model)
+        ]
         fully_shard(self.model, mesh=mesh, mp_policy=policy, shard_placement_fn=place)
         materialize(self.model, self.device)
         if ahead := self.prefetch_blocks:
-            for i, block in enumerate(blocks):
-                block.set_modules_to_forward_prefetch(blocks[i + 1 : i + 1 + ahead])
-                block.set_modules_to_backward_prefetch(blocks[max(i - ahead, 0) : i][::-1])
+            for i, block in enumerate(layers):
+                block.set_modules_to_forward_prefetch(layers[i + 1 : i + 1 + ahead])
+                block.set_modules_to_backward_prefetch(layers[max(i - ahead, 0) : i][::-1])
 
     @contextlib.contextmanager
     def accumulation(self, last: bool) -> Iterator[None]:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from lrpretrain.engine.base import Engine
 from lrpretrain.errors import ConfigError
+from lrpretrain.model import blocks
 from lrpretrain.model.llama import materialize
 from lrpretrain.optim import ShardedOptimizer
 from lrpretrain.sharding import Holding, hold, zero
@@ -70,7 +71,7 @@ class Zero(Engine):
             # Blocks are gathered whole, as under FSDP2: no hook within them stops the compiler. Not with
             # frozen weights (DoRA), which DeepSpeed then lets go before their norms' gradient is taken.
             if all(param.requires_grad for param in self.model.parameters()):
-                deepspeed.utils.set_z3_leaf_modules(self.model, [type(self.model.model.layers[0])])
+                deepspeed.utils.set_z3_leaf_modules(self.model, [type(blocks.of(self.model)[0])])
         else:
             materialize(self.model, self.device)
         # What a rule treats as matrices is a group by itself, so that it is spread evenly. LORO's factors lie

@@ -1,4 +1,4 @@
-"""What becomes of the decoder blocks before they are laid out: activations recomputed, code compiled."""
+"""The blocks of a network, before they are laid out: activations recomputed, code compiled."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn import Module, ModuleList
 from torch.utils import checkpoint
-from transformers import LlamaForCausalLM
 
 aten = torch.ops.aten
 KEPT = [
@@ -25,7 +25,12 @@ KEPT = [
 """The costly operations, matmuls and attention, whose results selective checkpointing keeps."""
 
 
-def recompute(model: LlamaForCausalLM, mode: Literal["none", "full", "selective"], every: int) -> None:
+def of(model: Module) -> list[Module]:
+    """Return the blocks that a transformer repeats, the first one first."""
+    return list(next(module for module in model.modules() if isinstance(module, ModuleList)))
+
+
+def recompute(model: Module, mode: Literal["none", "full", "selective"], every: int) -> None:
     """Let every `every`-th decoder block keep its input alone (full), or what KEPT return too (selective).
 
     The rest is computed again in backward. That happens inside the block's forward: the hooks of engines,
@@ -34,7 +39,7 @@ def recompute(model: LlamaForCausalLM, mode: Literal["none", "full", "selective"
     options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}  # nothing here is random
     if mode == "selective":
         options["context_fn"] = partial(checkpoint.create_selective_checkpoint_contexts, KEPT)
-    for block in model.model.layers[::every] if mode != "none" else ():
+    for block in of(model)[::every] if mode != "none" else ():
         block.forward = _checkpointed(block.forward, options)
 
 
@@ -45,7 +50,7 @@ def _checkpointed(forward: Callable[..., Tensor], options: dict[str, Any]) -> Ca
     return recomputing
 
 
-def compile(model: LlamaForCausalLM) -> None:
+def compile(model: Module) -> None:
     """Compile the decoder blocks in place: they share their code, and parameters keep their names."""
-    for block in model.model.layers:
+    for block in of(model):
         block.forward = torch.compile(block.forward)

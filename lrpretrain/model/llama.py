@@ -134,17 +134,23 @@ def from_pretrained(
 
 
 def materialize(
-    model: LlamaForCausalLM, device: torch.device, each: Callable[[nn.Module], Any] | None = None
+    model: nn.Module, device: torch.device, each: Callable[[nn.Module], Any] | None = None
 ) -> None:
     """Give a model from the meta device memory; its parameters hold garbage until `initialize`.
 
+    One that has memory and values already moves to the device.
+
     `each` is called with every module that has parameters of its own, before the next one gets memory.
     """
+    if not next(model.parameters()).is_meta:
+        model.to(device)
+        return
     for module in model.modules():
         module.to_empty(device=device, recurse=False)
         if each is not None and next(module.parameters(recurse=False), None) is not None:
             each(module)
     # Not in the state dict, and garbage now.
+    assert isinstance(model, LlamaForCausalLM)
     model.model.rotary_emb = LlamaRotaryEmbedding(model.config).to(device)
 
 

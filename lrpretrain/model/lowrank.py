@@ -83,6 +83,64 @@ def initial_factor(normal: Tensor, init: str, init_range: float | None = None) -
     raise ValueError(f"init={init!r} is not known: use one of {known}.")
 
 
+SPECTRAL = ("spec_top", "spec_low", "eig_low")
+
+
+class LowRankAdapter(nn.Module):
+    """A frozen linear layer with a trained low-rank change: x (W + s B Aᵀ)ᵀ + bias, s = alpha / rank.
+
+    Parameters: weight W (m, n) and bias, frozen; weight_in A (n, r), weight_out B (m, r). At first s B Aᵀ is
+    taken off W, so that the layer is the one that it takes over. `init`: as `initial_factor`, or by the
+    singular vectors U, V of W, scaled to the size of xavier's columns: spec_top (the first r), spec_low (the
+    last), eig_low (the last, times √σ).
+
+    Source: LORO's `run_glue.py`. With `zero_bias` the bias is dropped for zeros, as there.
+    """
+
+    def __init__(
+        self,
+        linear: nn.Linear,
+        rank: int,
+        alpha: float,
+        init: str = "xavier",
+        init_range: float | None = None,
+        zero_bias: bool = False,
+    ):
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.scale = alpha / rank
+        self.weight, self.bias = linear.requires_grad_(False).weight, linear.bias
+        self.weight_in = nn.Parameter(self.weight.new_empty(linear.in_features, rank))
+        self.weight_out = nn.Parameter(self.weight.new_empty(linear.out_features, rank))
+        if self.weight.is_meta:
+            return
+        with torch.no_grad():
+            if init in SPECTRAL:
+                self._spectral(rank, init)
+            else:
+                for factor in (self.weight_in, self.weight_out):
+                    factor.copy_(initial_factor(torch.randn(factor.shape), init, init_range))
+            self.weight -= self.scale * self.weight_out @ self.weight_in.T
+            if zero_bias and self.bias is not None:
+                self.bias.zero_()
+
+    def _spectral(self, rank: int, init: str) -> None:
+        U, sigma, Vh = torch.linalg.svd(self.weight.float(), full_matrices=False)
+        chosen = slice(0, rank) if init == "spec_top" else slice(len(sigma) - rank, None)
+        root = sigma[chosen].sqrt() if init == "eig_low" else torch.ones(rank)
+        for factor, vectors in ((self.weight_out, U), (self.weight_in, Vh.T)):
+            factor.copy_(vectors[:, chosen] * root * math.sqrt(2 / (len(factor) + rank)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x (W + s B Aᵀ)ᵀ (+ bias), (…, m) for x (…, n)."""
+        out = nn.functional.linear(x, self.weight, self.bias)
+        return out + self.scale * (x @ self.weight_in @ self.weight_out.T)
+
+    def dense(self) -> Tensor:
+        """Return the weight that the layer stands for, (m, n)."""
+        return self.weight + self.scale * self.weight_out @ self.weight_in.T
+
+
 def factorize(model: nn.Module, ranks: Mapping[str, int], init: str) -> None:
     """Replace linear layers by low-rank ones, in place: `ranks` by the name of the layer's weight."""
     for name, rank in ranks.items():

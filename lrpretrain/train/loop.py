@@ -5,10 +5,10 @@ from __future__ import annotations
 import base64
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -17,12 +17,11 @@ from lrpretrain.artifacts.metrics import Metrics, say
 from lrpretrain.artifacts.rundir import RunDir
 from lrpretrain.artifacts.saver import Saver
 from lrpretrain.config import Config
-from lrpretrain.data.loader import Batch, Loader
 from lrpretrain.data.tokenizer import Tokenizer
 from lrpretrain.engine import Engine, Step
 from lrpretrain.errors import ConfigError, DataError, LrpretrainError, Problem, Stopped, UnsoundError
 from lrpretrain.sharding.procs import Procs
-from lrpretrain.train.evaluate import Evaluator, continue_prompt, split
+from lrpretrain.train.evaluate import continue_prompt, split
 from lrpretrain.train.guard import Guard
 from lrpretrain.train.judge import Judge
 from lrpretrain.train.recorder import recorder
@@ -44,6 +43,26 @@ class Progress:
     """The last ones up to the checkpoint, by which spikes are told."""
 
 
+class Feed(Protocol):
+    """What gives the global batches."""
+
+    wait_ms: float
+    dropped: int
+
+    def next(self, flag: Callable[[], int] = int) -> Any:
+        """Return the next batch, or None on all processes; see Loader.next."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the position."""
+
+
+class Examiner(Protocol):
+    """What evaluates the model."""
+
+    def evaluate(self, engine: Engine, flag: Callable[[], int] = int) -> dict[str, float]:
+        """Return what was measured, with the seconds that it took as perf/eval_s; see Evaluator.evaluate."""
+
+
 @dataclass
 class Trainer:
     """Everything that a run is made of. All processes have one and call its methods together."""
@@ -51,8 +70,8 @@ class Trainer:
     config: Config
     procs: Procs
     engine: Engine
-    loader: Loader
-    evaluator: Evaluator | None
+    loader: Feed
+    evaluator: Examiner | None
     tokenizer: Tokenizer
     run_dir: RunDir
     metrics: Metrics | None
@@ -147,7 +166,7 @@ class Trainer:
         if self.metrics is not None:
             self.metrics.pause(time.perf_counter() - began)
 
-    def _next_batch(self) -> Batch:
+    def _next_batch(self) -> Any:
         """Return the next global batch; agree on stopping by its flag."""
         batch = self.loader.next(self.guard.flag)
         if batch is None:
@@ -157,14 +176,14 @@ class Trainer:
             )
         return batch
 
-    def _step(self, batch: Batch) -> Step:
+    def _step(self, batch: Any) -> Step:
         """Do one optimizer step, and see what came of the one before, while the device is busy with this one.
 
         Raises UnsoundError, as `_see` does.
         """
         train, progress = self.config.train, self.progress
         step = self.engine.train_step(
-            split(batch.ids, train.micro_batch),
+            self.micros(batch),
             batch.targets,
             train.clip_norm,
             lr_ratio(progress.step, train),
@@ -178,6 +197,10 @@ class Trainer:
             self.metrics.count(batch.tokens, self.loader.wait_ms, step.update)
         self._see((progress.step, step))
         return step
+
+    def micros(self, batch: Any) -> Sequence[Any]:
+        """Return this process's micro-batches of a batch, as the engine takes them."""
+        return split(batch.ids, self.config.train.micro_batch)
 
     def _see(self, following: tuple[int, Step] | None = None) -> None:
         """See what came of the step not seen yet, and then keep the `following` one for the next time.
