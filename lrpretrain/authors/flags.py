@@ -289,8 +289,14 @@ class _Translation:
             self._refuse("optimizer", "is not known", f"Use one of {', '.join(known)}")
             return
         if plain != name:
-            self._refuse("optimizer", "updates layer by layer are not there yet", f"Use {plain}")
-            return
+            self.settings["optim.per_layer"] = True
+            self.notes.append(
+                "blocks are updated once a step, in its last backward, and all flags count steps; theirs"
+                " updates in every micro-batch, and doubles the steps of the schedule and the gap"
+            )
+            if values["grad_clipping"]:
+                self.notes.append("gradients are clipped by the norm of the step before; theirs are not")
+            name = plain
         if self.project == "loro":
             self._loro(name)
         self.settings |= {k: v for k, v in known[name].items() if k not in self.settings}
@@ -451,5 +457,5 @@ def _help(project: str) -> str:
         shown = "" if kind is None else "REQUIRED" if default is REQUIRED else str(default)
         choices = f"one of {', '.join(kind)}" if isinstance(kind, tuple) else ""
         lines.append(f"  --{name} {shown}".ljust(36) + (f"→ {becomes}" if becomes else choices))
-    lines.append(f"--optimizer: {', '.join(OPTIMIZERS[project])}")
+    lines.append(f"--optimizer: {', '.join(OPTIMIZERS[project])}; with {PER_LAYER} at the end layer by layer")
     return "\n".join(lines)
