@@ -147,6 +147,10 @@ class OptimConfig:
     """loro, factored: initial factors: xavier, auto, kaiming, orth, xavorth, randn_<std> or const_<value>."""
     targets: list[str] = field(default_factory=lambda: ["*.self_attn.*_proj", "*.mlp.*_proj"])
     """Names of the linear layers that the rule applies to, with * as wildcard."""
+    per_layer: bool = False
+    """Update every decoder block in the backward, once its gradients are complete, and drop them: with one
+    micro-batch a step, those of one block exist at a time (local, fsdp; not loro). train.clip_norm then clips
+    by the norm of the step before, and a gradient that is not finite leaves out its own block only."""
 
 
 @dataclass

@@ -178,6 +178,16 @@ def test_models_by_path_by_stem_and_by_name(tmp_path):
         ("--optimizer galore_adamw8bit", {"optim.moments": "int8", "optim.eps": 1e-8}),
         ("--optimizer galore_adafactor --beta1 0.9", {"optim.base": "adafactor", "optim.momentum": 0.9}),
         ("--optimizer sgd --beta1 0.9", {"optim.rule": "sgd", "optim.momentum": 0.9}),
+        (
+            "--optimizer galore_adamw8bit_per_layer --update_proj_gap 100 --warmup_steps 50",
+            {
+                "optim.per_layer": True,
+                "optim.rule": "galore",
+                "optim.moments": "int8",
+                "optim.refresh_every": 100,
+                "train.warmup_steps": 50,
+            },
+        ),
         ("--optimizer adam --beta1 0.9", {"optim.momentum": 0.0, "optim.betas": (0.9, 0.999)}),
     ],
 )
@@ -236,8 +246,8 @@ def test_flags_without_a_meaning_are_named(capsys):
 @pytest.mark.parametrize(
     ("project", "argv", "words"),
     [
-        ("galore", "--optimizer galore_adamw8bit_per_layer", ["layer by layer", "Use galore_adamw8bit."]),
-        ("gradnormlorp", "--optimizer weight_norm_galore_adamw8bit_per_layer", ["layer by layer"]),
+        ("galore", "--optimizer galore_adamw_per_layer --engine.kind ddp", ["optim.per_layer=True", "fsdp"]),
+        ("loro", SCOPED.replace("adamw", "adamw_per_layer"), ["optim.per_layer=True", "pairs"]),
         ("galore", "--optimizer lowrank", ["--optimizer='lowrank'", "galore_adafactor"]),
         ("galore", "--optimizer loro_adamw_per_layer", ["is not known"]),
         ("galore", "--scheduler cosine_restarts", ["lacks its arguments", "Use cosine"]),
@@ -314,9 +324,11 @@ NAMES = {
     ("galore", "galore_adamw"): ("", 0.3),
     ("galore", "galore_adafactor"): ("", 0.3),
     ("galore", "galore_adamw8bit"): ("", 0.3),
+    ("galore", "galore_adamw8bit_per_layer"): ("--grad_clipping 1", 0.3),
     ("gradnormlorp", "lowrank"): ("", 0.3),
     ("gradnormlorp", "weight_norm_galore_adamw"): ("", 0.3),
     ("gradnormlorp", "weight_norm_galore_adamw8bit"): ("", 0.3),
+    ("gradnormlorp", "weight_norm_galore_adamw8bit_per_layer"): ("", 0.3),
     ("gradnormlorp", "weight_norm_galore_adafactor"): ("", 0.3),
     ("loro", "galore_adamw"): ("", 0.3),
     ("loro", "loro_adamw"): ("--loro_scope all --loro_freq 3 --loro_lr_scaler -1 --loro_init orth", 0.3),
@@ -344,7 +356,8 @@ def test_every_optimizer_name_trains(bench, project, name):
 
 
 def test_every_name_is_tried():
-    assert {name for _, name in NAMES} == {name for known in flags.OPTIMIZERS.values() for name in known}
+    tried = {name.removesuffix("_per_layer") for _, name in NAMES}
+    assert tried == {name for known in flags.OPTIMIZERS.values() for name in known}
 
 
 def test_the_authors_recorded_run_has_their_perplexities(tmp_path):

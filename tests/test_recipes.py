@@ -10,7 +10,7 @@ import yaml
 from lrpretrain import cli
 from lrpretrain.config import ModelConfig, OptimConfig, parse, shipped_names
 from lrpretrain.model import llama
-from lrpretrain.train import plan
+from lrpretrain.train import memory, plan
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = sorted(path.stem for path in (ROOT / "launch" / "recipes").glob("*"))
@@ -107,6 +107,15 @@ def test_a_recipe_can_run_on_its_hardware(name, capsys):
             ("cosine_restart", read["optim"]["exact_every"]) if parts[2] == "loro" else ("cosine", None)
         )
         assert (train["schedule"], train["restart_every"]) == restarts
+
+
+@pytest.mark.parametrize(("argv", "gib"), [([], 31.4), (["--train.global_batch=16"], 19.2)])
+def test_7b_layer_by_layer_has_the_peak_that_is_said(argv, gib):
+    config = recipe("llama_7b_galore_int8_1gpu", *argv)
+    peak = memory.costs(config, llama.configured(config), 1).peak.max() / 2**30
+    assert peak == pytest.approx(gib, abs=0.05)
+    for text in ("README.md", "launch/recipes/llama_7b_galore_int8_1gpu.yaml"):
+        assert f"{gib} GiB" in (ROOT / text).read_text()
 
 
 def test_every_script_has_a_recipe():

@@ -108,6 +108,9 @@ OPTIMIZERS = {
     "loro": GENERAL | {"loro_adamw": {}},
 }
 PER_LAYER = "_per_layer"
+NAMED = {
+    project: [name + end for end in ("", PER_LAYER) for name in OPTIMIZERS[project]] for project in OPTIMIZERS
+}
 
 
 def main(project: str, argv: Sequence[str] | None = None) -> int:
@@ -124,7 +127,7 @@ class Pretraining(Translation[Config]):
     """What the flags of a project's pretraining script become."""
 
     kind, script, entry = Config, "pretraining", "lrpretrain.pretrain"
-    flags, optimizers = FLAGS, OPTIMIZERS
+    flags, optimizers = FLAGS, NAMED
     idle = dict.fromkeys(MEANINGLESS, "accepted, without a meaning here")
 
     def translate(self) -> None:
@@ -174,8 +177,14 @@ class Pretraining(Translation[Config]):
             self._refuse("optimizer", "is not known", f"Use one of {', '.join(known)}")
             return
         if plain != name:
-            self._refuse("optimizer", "updates layer by layer are not there yet", f"Use {plain}")
-            return
+            self.settings["optim.per_layer"] = True
+            self.notes.append(
+                "blocks are updated once a step, in its last backward, and all flags count steps; theirs"
+                " updates in every micro-batch, and doubles the steps of the schedule and the gap"
+            )
+            if values["grad_clipping"]:
+                self.notes.append("gradients are clipped by the norm of the step before; theirs are not")
+            name = plain
         if self.project == "loro":
             self._loro(name)
         self.settings |= {k: v for k, v in known[name].items() if k not in self.settings}

@@ -11,6 +11,7 @@ from lrpretrain.config import Config
 from lrpretrain.engine import ds_config
 from lrpretrain.engine.base import Engine, Mask, Step
 from lrpretrain.engine.fsdp import FSDP
+from lrpretrain.engine.layers import Layers
 from lrpretrain.engine.local import DDP, Local
 from lrpretrain.engine.zero import Zero
 from lrpretrain.model import blocks, llama
@@ -78,6 +79,8 @@ def assemble(
         engine.wrap()
     params = ((h.name, h.param) for h in engine.holdings)
     engine.optimizer = groups.build_optimizer(params, config.optim, hidden_size)
+    if config.optim.per_layer:
+        engine.layers = Layers(engine.holdings, engine.optimizer, device)
     return engine
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lrpretrain.engine.later import Later, Stopwatch
+from lrpretrain.engine.layers import Layers, total_norm
 from lrpretrain.optim import ShardedOptimizer
 from lrpretrain.sharding import Holding, Piece, hold
 from lrpretrain.sharding.procs import Procs
@@ -45,7 +46,10 @@ class Step:
 
     @cached_property
     def sound(self) -> bool:
-        """Whether loss and gradient were such that the update was made; else nothing was changed."""
+        """Whether loss and gradient were such that the update was made; else nothing was changed.
+
+        With `Layers`, if it is for the gradient, nothing of the blocks where that is not finite.
+        """
         return bool(self.came.read()[2])
 
 
@@ -72,6 +76,7 @@ class Engine:
         # the compute dtype: after a forward without backward the root stays unsharded.
         self.holdings: list[Holding]
         self.optimizer: ShardedOptimizer
+        self.layers: Layers | None = None  # which update the model in the backward, if it is done there
         self._last: Step | None = None
 
     def lay_out(self) -> None:
@@ -100,35 +105,55 @@ class Engine:
         `lr_ratio` times their peak learning rates, if the step is sound: `judge` finds the mean loss () fine,
         in a bool () on the device, and the gradient is finite. The host does not wait for either.
         """
-        loss_sum = self.accumulate(micros, targets)
-        loss = self.total(loss_sum.clone()) / max(targets, 1)
-        fine = judge(loss)
-        self.settle()
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["peak_lr"] * lr_ratio
         watch = Stopwatch(self.device)
-        norm, sound = self.update(clip_norm, fine)
-        watch.stop()
+
+        def ready(loss_sum: Tensor) -> tuple[Tensor, Tensor]:
+            loss = self.total(loss_sum.clone()) / max(targets, 1)
+            fine = judge(loss)
+            self.settle()
+            for group in self.optimizer.param_groups:
+                group["lr"] = group["peak_lr"] * lr_ratio
+            return loss, fine
+
+        if (layers := self.layers) is not None:
+
+            def begin(loss_sum: Tensor) -> None:
+                layers.begin(*ready(loss_sum), clip_norm, watch)
+
+            loss_sum = self.accumulate(micros, targets, begin)
+            loss, norm, sound = layers.end()
+        else:
+            loss_sum = self.accumulate(micros, targets)
+            loss, fine = ready(loss_sum)  # the host sees the last step end while the device is busy with this
+            with watch:
+                norm, sound = self.update(clip_norm, fine)
         came = Later(torch.stack([value.double() for value in (loss, norm, sound)]))
         self._last = Step(loss_sum, came, watch)
         return self._last
 
     def settle(self) -> None:
         """See whether the last step was sound, and leave no trace of it if not. Waits for its end only."""
-        if self._last is not None and not self._last.sound:
-            self.optimizer.forget_step()
+        if self._last is not None:
+            self.optimizer.settle(self._last.sound)
         self._last = None
 
-    def accumulate(self, micros: Sequence[Any], targets: int) -> Tensor:
-        """Run forward and backward; return this process's sum of token losses, on the device."""
+    def accumulate(
+        self, micros: Sequence[Any], targets: int, ready: Callable[[Tensor], None] | None = None
+    ) -> Tensor:
+        """Run forward and backward; return this process's sum of token losses, on the device.
+
+        `ready` is called with it before the last backward.
+        """
         self.forward.train()
         total = torch.zeros((), device=self.device)
         for i, micro in enumerate(micros):
             with self.accumulation(last=i == len(micros) - 1):
                 loss = self.objective(micro)
+                total += loss.detach()
+                if ready is not None and i == len(micros) - 1:
+                    ready(total)
                 # Engines average gradients over the processes; times their number that is a sum.
                 self.backward(loss * (self.procs.n_procs / max(targets, 1)))
-            total += loss.detach()
         return total
 
     def backward(self, loss: Tensor) -> None:
@@ -180,10 +205,10 @@ class Engine:
     def clip(self, max_norm: float | None) -> Tensor:
         """Scale the gradients down to `max_norm`, and return the norm that they had, over all processes."""
         params = [h.param for h in self.holdings]
-        norm = torch.nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
+        norm = total_norm(params)
         if max_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(params, max_norm, norm)
-        return norm.full_tensor() if isinstance(norm, torch.distributed.tensor.DTensor) else norm
+        return norm
 
     def close(self) -> None:
         """Give back what the engine holds beyond its memory."""

@@ -27,23 +27,25 @@ class Later:
 
 
 class Stopwatch:
-    """Time that the device takes from here to `stop`."""
+    """Time that the device takes for what stands under `with`, all together."""
 
     def __init__(self, device: torch.device):
         self._cuda = device.type == "cuda"
-        self._times = [self._now()]
+        self._times: list[Any] = []
 
-    def stop(self) -> None:
-        """Note the end."""
+    def __enter__(self) -> None:
+        self._times.append(self._now())
+
+    def __exit__(self, *_: object) -> None:
         self._times.append(self._now())
 
     def ms(self) -> float:
         """Return milliseconds; wait until the device has come to the end."""
-        began, ended = self._times
+        pairs = list(zip(self._times[::2], self._times[1::2], strict=True))
         if not self._cuda:
-            return (ended - began) * 1e3
-        ended.synchronize()
-        return float(began.elapsed_time(ended))
+            return sum(ended - began for began, ended in pairs) * 1e3
+        self._times[-1].synchronize()
+        return float(sum(began.elapsed_time(ended) for began, ended in pairs))
 
     def _now(self) -> Any:
         if not self._cuda:

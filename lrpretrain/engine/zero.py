@@ -140,7 +140,8 @@ class Zero(Engine):
         return torch.as_tensor(norm, device=fine.device), fine & applied
 
     def settle(self) -> None:
-        """Do nothing: a step that is not sound never comes to the optimizer."""
+        """Let the last step be: one that is not sound never comes to the optimizer."""
+        self.optimizer.settle(True)
 
     def close(self) -> None:
         """Take DeepSpeed's hooks off the model."""

@@ -52,10 +52,10 @@ class Batch:
         """The options of the group as they are now; the rank is clamped to these matrices."""
         return self.group | {"rank": self.rank}
 
-    def update(self, rule: Rule, sound: Tensor | None) -> None:
-        """Apply the rule to the matrices that have a gradient, then weight decay if that is not its own."""
+    def update(self, rule: Rule, ready: Callable[[Holding], bool], sound: Tensor | None) -> None:
+        """Apply the rule to the matrices that are ready, then weight decay if that is not its own."""
         hp = self.hp | {"sound": sound}
-        have = [i for i, h in enumerate(self.holdings) if h.param.grad is not None]
+        have = [i for i, h in enumerate(self.holdings) if ready(h)]
         for which in [have] if self.owners is None else self._chunks(have):
             chosen = set(which)
             rows = [row for row, i in enumerate(self.kept) if i in chosen]
@@ -125,7 +125,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self.check_finite = check_finite
         self.skipped_steps = 0
         self.sound: Tensor | None = None  # whether the step that is being taken counts
-        self._advanced = False
+        self._only: frozenset[int] | None = None  # ids of the parameters that the step is of, if not of all
+        self._taken: list[tuple[Tensor, list[dict[str, Tensor]]]] = []  # by step_if: sound, whose states
         self._batches: list[Batch] = []
         self._pieces: dict[str, dict[str, Piece]] = {}
         self._regular: list[tuple[dict[str, Any], list[Holding]]] = []
@@ -168,37 +169,39 @@ class ShardedOptimizer(torch.optim.Optimizer):
                 f"a gradient is not finite: step skipped ({self.skipped_steps} so far)", stacklevel=2
             )
             return loss
-        if self.rule is not None and self.rule.whole_only and not is_sound({"sound": self.sound}):
-            self._advanced = False
-            return loss
         for group, holdings in self._regular:
             options = group | {"sound": self.sound}
-            self._update_regular(options, [h for h in holdings if h.param.grad is not None])
+            self._update_regular(options, [h for h in holdings if self._is_ready(h.param)])
         if self.rule is not None:
             for batch in self._batches:
-                batch.update(self.rule, self.sound)
+                batch.update(self.rule, lambda h: self._is_ready(h.param), self.sound)
         return loss
 
-    def step_if(self, sound: Tensor) -> None:
+    def step_if(self, sound: Tensor, only: Iterable[Tensor] | None = None) -> None:
         """Do a step that leaves no trace where `sound`, a bool () on the device, is false.
 
         The host does not wait for it, but in steps that renew bases or are exact, and where a rule takes
-        whole matrices only. It need be the same on all processes, and every parameter must have a gradient.
-        Once it is known to have been false, the counters are still to be taken back: `forget_step`, before
-        the next step.
+        whole matrices only. It need be the same on all processes. `only` these parameters are updated, if
+        given: a model may be so in several steps (not LORO's pairs). `settle` ends them, before a parameter
+        is updated again.
         """
-        self.sound, self._advanced = sound, True
+        if self.rule is not None and self.rule.whole_only and not is_sound({"sound": sound}):
+            return
+        self.sound, self._only = sound, None if only is None else frozenset(map(id, only))
+        params = (p for group in self.param_groups for p in group["params"] if self._is_ready(p))
+        self._taken.append((sound, [self.state[p] for p in params]))
         try:
             self.step()
         finally:
-            self.sound = None
+            self.sound = self._only = None
 
-    def forget_step(self) -> None:
-        """Take back the counters of the last step, which was not sound."""
-        for state in self.state.values() if self._advanced else ():
-            for key in COUNTERS & state.keys():
-                state[key] -= 1
-        self._advanced = False
+    def settle(self, sound: bool) -> None:
+        """Take back the counters of the steps by `step_if` that were not sound, unless all were `sound`."""
+        taken, self._taken = self._taken, []
+        for counts, states in () if sound else taken:
+            for state in () if counts else states:
+                for key in COUNTERS & state.keys():
+                    state[key] -= 1
 
     def pieces(self) -> Iterator[tuple[str, str, Piece]]:
         """Yield the state as (parameter's name, key, piece), for a checkpoint that any sharding can load."""
@@ -264,6 +267,9 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__.copy()  # torch keeps the parameters and their state only
+
+    def _is_ready(self, param: Tensor) -> bool:
+        return param.grad is not None and (self._only is None or id(param) in self._only)
 
     def _update_regular(self, group: dict[str, Any], ready: list[Holding]) -> None:
         if ready:

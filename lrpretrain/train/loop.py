@@ -159,6 +159,8 @@ class Trainer:
             "config": asdict(self.config),
             "tokenizer": self.tokenizer.identity,
         }
+        if self.engine.layers is not None:
+            run["clips_by"] = float(self.engine.layers.norm)
         self._saver.save(self.engine.pieces(), run, last=last)
         self.guard.saved(self._saver.took_s)
         if self.procs.is_first:
@@ -220,16 +222,16 @@ class Trainer:
         broken = not (math.isfinite(step.loss) and math.isfinite(step.grad_norm))
         norm = f" or its gradient, of norm {step.grad_norm:.4g}, is not finite" if broken else " is a spike"
         said = f"step {number}: the loss {step.loss:.4g}{norm}"
+        partly = self.engine.layers is not None and math.isfinite(step.loss) and broken
+        left = "its blocks with such a gradient were not updated" if partly else "nothing was updated"
         if train.unsound == "skip" and progress.skipped_in_a_row <= train.max_skipped:
             if self.procs.is_first:
-                say(f"{said}; skipped, nothing was updated ({progress.skipped} so far)")
+                say(f"{said}; skipped, {left} ({progress.skipped} so far)")
             return
         remedy = "Lower optim.lr, set train.clip_norm, or let train.unsound=skip pass over such steps."
         if not broken:
             remedy += " train.spike_sigmas says what a spike is."
-        raise UnsoundError(
-            f"{said}; nothing was updated, and the checkpoint goes on with the next batch. {remedy}"
-        )
+        raise UnsoundError(f"{said}; {left}, and the checkpoint goes on with the next batch. {remedy}")
 
     def _evaluate(self, trained: dict[str, float] | None = None) -> dict[str, float]:
         """Return what was measured. Stopped on the way, log what was `trained`."""
@@ -294,6 +296,8 @@ def resume(
         raise ConfigError(problems)
     checkpoint.load(path, engine.pieces(), procs, checked=True)
     engine.publish()
+    if engine.layers is not None:
+        engine.layers.norm.fill_(run.get("clips_by", 0.0))  # none is known of a run that updated at once
     if run["step"] >= config.train.steps and not run["owes_evaluation"]:
         reason = f"{path} is at step {run['step']} already"
         raise ConfigError([Problem("train.steps", config.train.steps, reason, "Raise it")])

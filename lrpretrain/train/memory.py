@@ -28,13 +28,16 @@ Kept for a time:
                 at the end e c are gradients and d e are being added up, then d e / N arrive and only h c are
                 left; the gradients of the blocks are there.
                 With several micro-batches all gradients are there at any time. `gloo`, on CPUs, copies the
-                d b or d e that it adds up
+                d b or d e that it adds up.
+                Layer by layer (`per_layer`), with one micro-batch, no gradients of other blocks are there; a
+                block is updated beside its d b, and what is outside of the blocks beside d e
     update      AdamW: 2 t w of the largest param group. LORO: 2 t w of all factors, 4 t w if they decay.
                 GaLore, of the matrices of one shape, which are updated together: 3 m' r w of each (weightnorm
                 4), and n r w of bases that are random or of another dtype; with moments of another dtype
                 2 m' r w, and IN_PARTS for 2^22 of them. At owners the same with m, and 2 m n w of each that
                 is owned; before and after it 2 m n w (weightnorm 4) and what is exchanged: t w (2 t w) before
-                and 2 t w after. Decay: t w
+                and 2 t w after. Decay: t w. Layer by layer the same, and gradients, of one block, or of one
+                parameter outside of the blocks
 
 `peak` is what is kept, and the larger of passes and gradients + update: of an ordinary step, without
 activations. Not in it: what a refresh or an exact step takes for its time; what is particular to the updates
@@ -69,9 +72,8 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,6 +82,7 @@ import torch
 from torch import nn
 
 from lrpretrain.config import Config
+from lrpretrain.engine.layers import unit_of
 from lrpretrain.optim import groups
 from lrpretrain.optim.adafactor import moment_shapes
 from lrpretrain.optim.adamw import PART
@@ -107,8 +110,8 @@ class Costs:
     copies: Amounts
     gradients: Amounts
     passes: Amounts
-    state: dict[str, Amounts]
     update: Amounts
+    state: dict[str, Amounts]
     sent: dict[str, Amounts]
 
     @property
@@ -131,14 +134,14 @@ def costs(config: Config, model: nn.Module, n_procs: int, gloo: bool = False) ->
     With `gloo` it is what the processes talk by, as they do on CPUs.
     """
     terms = _Terms(config, model, n_procs, gloo)
-    return Costs(*terms.weights(), state=terms.state(), update=terms.update(), sent=terms.sent())
+    return Costs(*terms.weights(), state=terms.state(), sent=terms.sent())
 
 
 def describe(config: Config, model: nn.Module, n_procs: int) -> list[str]:
     """Return lines with the largest costs of any process."""
     found = costs(config, model, n_procs)
     memory = {"weights": found.weights, "gradients": found.gradients, "optimizer state": found.kept}
-    if config.engine.kind == "fsdp":
+    if config.engine.kind in ("local", "fsdp"):
         memory |= {"forward and backward": found.passes, "update": found.update}
         memory["peak without activations"] = found.peak
     large = {key: size for key, size in found.state.items() if size.max() > found.kept.max() / 1000}
@@ -180,20 +183,21 @@ class _Terms:
         self.regular = [name for name in at.trained if name not in matrices]
         self.factors = [name for name in at.trained if name.endswith((".weight_in", ".weight_out"))]
 
-    def weights(self) -> tuple[Amounts, Amounts, Amounts, Amounts]:
-        """Return masters, copies, gradients and passes."""
+    def weights(self) -> tuple[Amounts, Amounts, Amounts, Amounts, Amounts]:
+        """Return masters, copies, gradients, passes and update."""
         at = self.at
         T, t = at.whole(at.trained), at.own(at.trained)
-        if self.engine.kind == "fsdp":
-            return at.own(at.shapes) * self.w, 0 * t, t * self.w, self._passes()
         if not at.stage:
-            return at.whole(at.shapes) * self.w, 0 * T, T * self.w, T * self.w
+            gradients, update = self._at_update()
+            passes = self._passes() if self.engine.kind == "fsdp" else gradients
+            return at.own(at.shapes) * self.w, 0 * t, gradients, passes, update
+        update = self._update(at.trained)
         copies = at.own(at.shapes) if at.stage == 3 else at.whole(at.shapes)
         by_group = [at.own(n for n in at.trained if (n in at.projected) == kind) for kind in (False, True)]
         gradients = WIDE * (t + np.maximum(*by_group)) if at.stage == 3 else WIDE * t
         if at.bf16_optimizer:
             gradients = T * (WIDE if at.ds["bf16"].get("immediate_grad_update") else WIDE + self.c)
-        return WIDE * t, copies * self.c, gradients, gradients
+        return WIDE * t, copies * self.c, gradients, gradients, update
 
     def state(self) -> dict[str, Amounts]:
         """Return the optimizer state by key; `drawn` are random bases, which are kept and not stored."""
@@ -206,18 +210,6 @@ class _Terms:
             for key, (numbers, size) in self._matrix_state(x).items():
                 state[key][whose] += numbers * size
         return dict(state)
-
-    def update(self) -> Amounts:
-        """Return what an ordinary update takes for its time."""
-        ranks = groups.matched(self.at.shapes, self.optim) if self.optim.rule == "adamw" else {}
-        alike: dict[Any, list[str]] = defaultdict(list)
-        for name in self.regular:
-            alike[name in self.factors or ranks.get(name)].append(name)
-        needs = [self._regular_need(names) for names in alike.values()]
-        needs += [self._matrices_need(part) for batch in self.batches for part in self._parts(batch)]
-        if self.optim.weight_decay:
-            needs += [self.at.own(x.holding.name for x in batch) * self.w for batch in self.batches]
-        return np.max(needs, axis=0)
 
     def sent(self) -> dict[str, Amounts]:
         """Return what is sent in a step, by purpose."""
@@ -237,6 +229,45 @@ class _Terms:
         return {name: np.broadcast_to(amount, self.N) for name, amount in zip(names, amounts, strict=True)}
 
     # Of the optimizer.
+
+    def _update(self, names: Collection[str]) -> Amounts:
+        """Return what an ordinary update of these parameters takes for its time."""
+        ranks = groups.matched(self.at.shapes, self.optim) if self.optim.rule == "adamw" else {}
+        alike: dict[Any, list[str]] = defaultdict(list)
+        for name in self.regular:
+            if name in names:
+                alike[name in self.factors or ranks.get(name)].append(name)
+        needs = [self._regular_need(alike_names) for alike_names in alike.values()]
+        batches = [
+            chosen for batch in self.batches if (chosen := [x for x in batch if x.holding.name in names])
+        ]
+        needs += [self._matrices_need(part) for batch in batches for part in self._parts(batch)]
+        if self.optim.weight_decay:
+            needs += [self.at.own(x.holding.name for x in batch) * self.w for batch in batches]
+        return np.max(needs, axis=0)
+
+    def _at_update(self) -> tuple[Amounts, Amounts]:
+        """Return gradients, and what an update takes: layer by layer where both together are the most."""
+        if not self.optim.per_layer:
+            return self.at.own(self.at.trained) * self.w, self._update(self.at.trained)
+        found = np.array([amounts for _, *amounts in self._units_at_update()])  # (units, 2, N)
+        worst = found.sum(1).argmax(0)
+        gradients, update = found[worst, :, np.arange(self.N)].T
+        return gradients, update
+
+    def _units_at_update(self) -> Iterator[tuple[bool, Amounts, Amounts]]:
+        """Yield of each unit of updates, in their order, whether it is a block, gradients and update."""
+        at, sharded, units = self.at, self.engine.kind == "fsdp", defaultdict[str, list[str]](list)
+        for name in reversed(at.trained):
+            units[unit_of(name)].append(name)
+        outside = [name for name in at.trained if _unit(name) == OUTSIDE]
+        left = at.own(at.trained)
+        for unit in sorted(units, key=lambda unit: sharded and unit in outside):
+            own = at.own(units[unit])
+            arrived = at.own(outside) if sharded and unit in outside else own  # FSDP2's root has one buffer
+            there = arrived if self.micros == 1 else left + arrived * sharded
+            yield unit not in outside, there * self.w, self._update(units[unit])
+            left = left - own
 
     def _with_owners(self) -> list[list[Matrix]]:
         """Return the matrices that are updated together; owners are chosen rank by rank."""
@@ -420,6 +451,8 @@ class _Terms:
         done = at.own(later), at.own(blocks)
         if self.micros > 1:  # the gradients of the micro-batches before
             done = (at.own(at.trained) + b_reduced // self.N,) * 2
+        elif self.optim.per_layer:
+            done = 0 * done[0], 0 * done[1]
         block, root = self.d * b_reduced, self.d * e_reduced
         candidates = [
             (e + there * b + b_reduced + h) * self.c + block + done[0] * self.w,
@@ -427,6 +460,9 @@ class _Terms:
             e_reduced * self.c + root + done[1] * self.w,
             h * self.c + (1 + self.gloo) * root + root // self.N + done[1] * self.w,
         ]
+        for is_block, gradients, update in self._units_at_update() if self.optim.per_layer else ():
+            around = (e + (there - 1) * b + h) * self.c + block if is_block else h * self.c + root
+            candidates.append(around + gradients + update)
         return np.max(candidates, axis=0)
 
     def _units(self, names: Iterable[str]) -> dict[str, int]:
@@ -468,5 +504,4 @@ def _of_part(kind: str, part: Amounts, of: Amounts) -> Amounts:
 
 def _unit(name: str) -> str:
     """Return the block that a parameter belongs to, which FSDP2 gathers as a whole."""
-    block = re.match(r"model\.layers\.\d+\.", name)
-    return block[0] if block else OUTSIDE
+    return OUTSIDE if (unit := unit_of(name)) == name else unit

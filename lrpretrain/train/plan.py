@@ -318,6 +318,28 @@ def check(config: Config, n_procs: int) -> list[Problem | str]:
         "Use optim.mode=weightnorm, or engine.kind=ddp",
     )
     refuse(
+        optim.per_layer and optim.rule in groups.FACTORED,
+        "optim.per_layer",
+        f"optim.rule={optim.rule} steps all pairs of factors together, and renews moments of the whole model",
+        "Leave it out, or use another rule",
+    )
+    no_layers = {
+        "zero": "DeepSpeed updates once, after the backward, from buffers that hold all gradients",
+        "ddp": "DDP adds gradients up in buckets, which hold all of them",
+    }
+    refuse(
+        optim.per_layer and engine.kind in no_layers,
+        "optim.per_layer",
+        no_layers.get(engine.kind, ""),
+        "Use engine.kind=fsdp, or local in one process",
+    )
+    refuse(
+        optim.per_layer and engine.kind == "fsdp" and engine.replicas > 1,
+        "optim.per_layer",
+        "FSDP2 keeps all gradients that replicas have added up to the end of the backward",
+        "Use engine.replicas=1, or leave it out",
+    )
+    refuse(
         data.document_mask and data.sequences == "pad",
         "data.document_mask",
         "rows of pad hold one document",

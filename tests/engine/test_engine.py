@@ -184,12 +184,13 @@ class HostReads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("rule", ["adamw", "galore", "gradnormlorp", "loro"])
+@pytest.mark.parametrize("rule", ["adamw", "galore", "galore per layer", "gradnormlorp", "loro"])
 def test_the_host_does_not_wait_for_ordinary_steps(rule, tmp_path, monkeypatch):
     """Counters are the host's own; what is read later, of the step before, is read without waiting."""
     monkeypatch.setattr(Later, "read", lambda self: [1.0, 1.0, 1.0])
     config = tiny_config(tmp_path)
-    config.optim.rule, config.optim.exact_every = rule, 3
+    rule, _, per_layer = rule.partition(" ")
+    config.optim.rule, config.optim.exact_every, config.optim.per_layer = rule, 3, bool(per_layer)
     engine = build_engine(config, Procs(), torch.device("cpu"), pad_id=0)
     reads = []
     for t in range(3):
@@ -203,10 +204,11 @@ def test_the_host_does_not_wait_for_ordinary_steps(rule, tmp_path, monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("rule", ["adamw", "galore", "gradnormlorp", "loro"])
+@pytest.mark.parametrize("rule", ["adamw", "galore", "galore per layer", "gradnormlorp", "loro"])
 def test_a_gpu_is_not_waited_for_in_ordinary_steps(rule, tmp_path):
     config = tiny_config(tmp_path)
-    config.optim.rule, config.optim.exact_every = rule, 30
+    rule, _, per_layer = rule.partition(" ")
+    config.optim.rule, config.optim.exact_every, config.optim.per_layer = rule, 30, bool(per_layer)
     config.optim.moments = "int8" if rule in ("galore", "gradnormlorp") else None
     engine = build_engine(config, Procs(), torch.device("cuda", 0), pad_id=0)
     judge = Judge(4, 3.0, engine.device)

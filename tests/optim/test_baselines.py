@@ -64,7 +64,7 @@ def test_a_step_that_is_not_sound_changes_nothing(rule):
     for _, p in params:
         p.grad = torch.full_like(p, torch.nan)
     optimizer.step_if(torch.tensor(False))
-    optimizer.forget_step()
+    optimizer.settle(False)
     assert all(torch.equal(a, b) for a, b in zip(everything, before, strict=True))
 
 

@@ -64,8 +64,7 @@ def take(params, optimizer, t, sound=True, spoil=1.0):
     for i, p in enumerate(params):
         p.grad = draw(100 * t + i, *p.shape).to(p.dtype) * (spoil if i % 2 else 1.0)
     optimizer.step_if(torch.tensor(sound))
-    if not sound:
-        optimizer.forget_step()
+    optimizer.settle(sound)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -408,6 +408,10 @@ def peaks(folder, cases):
             for _ in range(3):
                 procs.barrier()
                 kept, live.peak = live.settled(), 0
+                if config.optim.per_layer:
+                    engine.train_step(rows, 30, None, 0.1)
+                    steps.append([kept, live.peak])
+                    continue
                 engine.accumulate(rows, 30)
                 passes, ready, live.peak = live.peak, live.settled(), 0
                 engine.update(None, torch.tensor(True))
@@ -415,7 +419,8 @@ def peaks(folder, cases):
         plan = memory.costs(config, llama.configured(config), procs.n_procs, gloo=True)
         kept = plan.weights + plan.kept
         ready = kept + plan.gradients
-        planned = [kept, ready, kept + plan.passes, ready + plan.update, plan.peak]
+        at_once = [] if config.optim.per_layer else [ready, kept + plan.passes, ready + plan.update]
+        planned = [kept, *at_once, plan.peak]
         # The first step refreshes bases. Threads of gloo may hold what was sent for a moment.
         measured = [min(times) for times in zip(*steps[1:], strict=True)]
         found.append((measured, [int(amounts[procs.proc]) for amounts in planned]))
@@ -426,7 +431,10 @@ PEAKS = [  # rule, compute dtype, micro-batches, vocabulary, the engine's and th
     ("galore auto", "bfloat16", 1, 4000, {}, {"moments": "int8", "basis": "bfloat16"}),
     ("galore owner", "float32", 1, 1000, {"prefetch_blocks": 2}, {"moments": "bfloat16"}),
     ("loro", "float32", 2, 4000, {}, {}),
+    ("galore auto", "bfloat16", 1, 4000, {}, {"moments": "int8", "basis": "bfloat16", "per_layer": True}),
     ("adamw", "float32", 1, 1000, {}, {}),
+    ("adamw", "float32", 2, 1000, {}, {"per_layer": True}),
+    ("galore owner", "float32", 1, 1000, {"prefetch_blocks": 2}, {"per_layer": True}),
     ("galore auto", "float32", 1, 8000, {}, {}),
     ("galore owner", "bfloat16", 2, 8000, {}, {}),
     ("gradnormlorp owner", "float32", 2, 1000, {"reshard_after_forward": False}, {}),
@@ -436,10 +444,33 @@ PEAKS = [  # rule, compute dtype, micro-batches, vocabulary, the engine's and th
 
 def test_the_peak_of_two_processes_is_as_planned(tmp_path, request):
     """FSDP2, 14M to 21M parameters, rows of 16 tokens, so that activations (not planned) are small."""
-    cases = PEAKS if request.config.getoption("--full") else PEAKS[:3]
+    cases = PEAKS if request.config.getoption("--full") else PEAKS[:4]
     for found in spawn(peaks, 2, tmp_path, cases):
         for case, (measured, planned) in zip(cases, found, strict=True):
             assert measured == pytest.approx(planned, rel=0.1), case
+        assert found[3][0][-1] < 0.9 * found[0][0][-1]  # the same, but layer by layer
+
+
+@pytest.mark.parametrize(("rule", "micros", "share"), [("galore auto", 1, 0.67), ("adamw", 2, 0.9)])
+def test_gradients_go_layer_by_layer(rule, micros, share, tmp_path):
+    """Six blocks in one process; with several micro-batches gradients are kept up to the last one."""
+    path = tmp_path / "model.json"
+    path.write_text(json.dumps(MODEL | {"num_hidden_layers": 6}))
+    rows = list(torch.randint(2, 999, (micros, 16)).split(1))
+    found = []
+    for per_layer in (False, True):
+        config = configure(path, rule, 1, per_layer=per_layer)
+        config.engine.kind, config.precision.compute, config.train.global_batch = "local", "float32", micros
+        plan = memory.costs(config, llama.configured(config), 1)
+        with Live() as live:
+            engine = build_engine(config, Procs(), torch.device("cpu"), pad_id=0)
+            engine.train_step(rows, 30, None, 0.1)  # with a refresh
+            kept, live.peak = live.bytes(), 0
+            engine.train_step(rows, 30, None, 0.1)
+        assert kept == pytest.approx(plan.weights[0] + plan.kept[0], rel=1e-4)
+        assert live.peak == pytest.approx(plan.peak[0], rel=0.05)
+        found.append(live.peak)
+    assert found[1] < share * found[0]
 
 
 def zeros(folder, cases):
