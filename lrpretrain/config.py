@@ -473,11 +473,14 @@ def parse(
         parser.parse_args(["--help"])
     problems: list[Problem | str] = []
     values: dict[str, dict[str, Any]] = {} if onto is None else asdict(onto)
-    known = {f"{s.name}.{f.name}" for s in fields(kind) for f in fields(_section(s))}
+    known = _keys(kind)
+    other, entry = (FinetuneConfig, "finetune") if kind is Config else (Config, "pretrain")
     for key, value, origin in _items(argv, problems):
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
             remedy = f"Perhaps {near[0]} is meant" if near else "`--help` lists the fields"
+            if key in _keys(other):
+                remedy = f"It is one of `python -m lrpretrain.{entry}`"
             problems.append(Problem(key, value, f"unknown key in {origin}", remedy))
             continue
         section, name = key.split(".")
@@ -527,6 +530,10 @@ def to_yaml(config: Config | FinetuneConfig) -> str:
     values = {s.name: dict(vars(getattr(config, s.name))) for s in fields(config)}
     text: str = parser.dump(parser.parse_object(values), skip_unset=False, with_comments=True)
     return text
+
+
+def _keys(kind: type[Config] | type[FinetuneConfig]) -> set[str]:
+    return {f"{s.name}.{f.name}" for s in fields(kind) for f in fields(_section(s))}
 
 
 def _section(section: Field[Any]) -> type[Any]:

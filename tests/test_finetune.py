@@ -439,6 +439,7 @@ def test_what_cannot_work_is_refused_with_its_remedy(task, capsys):
         (2, dict(data__path=None, data__validation_path=train), "data.validation_path; Give data.path"),
         (2, dict(train__warmup_steps=26), "train.warmup_steps=26; 26 steps of the run; Lower it"),
         (2, {"export": folder / "taken"}, "taken; Name another, or remove it"),
+        (2, dict(data__lanes=3), "data.lanes; It is one of `python -m lrpretrain.pretrain`"),
         (2, {"export": ""}, "Write --export DIR"),
         (3, validated("unlabelled.jsonl"), "label of row 0 is -1; 0 to 1; use those of validation"),
         (3, validated("third.csv"), "third.csv; label of row 0 is 2; 0 to 1"),

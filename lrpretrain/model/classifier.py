@@ -6,6 +6,8 @@ They are small beside what is pretrained here: each process loads the model whol
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -90,12 +92,8 @@ def build(
     """
     torch.manual_seed(seed)
     load, name = AutoModelForSequenceClassification.from_pretrained, str(config.model.init_from)
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()  # a table of what is drawn, from each process
-    try:
+    with _quiet():
         model, told = _load(load, name, config=shape, ignore_mismatched_sizes=True, output_loading_info=True)
-    finally:
-        logging.set_verbosity(before)
     model.to(dtype)
     model.config.use_cache = False
     drawn = {*told["missing_keys"], *(mismatch[0] for mismatch in told["mismatched_keys"])}
@@ -103,6 +101,20 @@ def build(
     head = {name for name, _ in model.named_parameters() if not name.startswith(base)}
     _adapt(model, config, set() if config.optim.compat else head | drawn)
     return model, drawn
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep transformers from telling of each process how far it is, and what it drew."""
+    verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bar:
+            logging.enable_progress_bar()
 
 
 def _adapt(model: PreTrainedModel, config: FinetuneConfig, trained: set[str]) -> None:
