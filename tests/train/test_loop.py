@@ -36,18 +36,23 @@ def spoil(monkeypatch, *calls):
     monkeypatch.setattr(Engine, "backward", backward)
 
 
-def test_an_unsound_step_stops_with_a_checkpoint_behind_it(bench, capfd, monkeypatch):
+@pytest.mark.parametrize(
+    ("per_layer", "left"), [("false", "nothing was"), ("true", "its blocks with such a gradient were not")]
+)
+def test_an_unsound_step_stops_with_a_checkpoint_behind_it(per_layer, left, bench, capfd, monkeypatch):
     """It is seen in the step after it, which is done; the next start goes on with the batch that follows."""
-    argv = bench.options("stop", **SHORT, train__log_every=100)
+    names = [f"{name}-{per_layer}" for name in ("stop", "passed")]
+    options = SHORT | {"train__log_every": 100, "optim__per_layer": per_layer}
+    argv = bench.options(names[0], **options)
     spoil(monkeypatch, 4)
-    fails(capfd, argv, "step 5: ", "not finite", "nothing was updated", "train.unsound=skip")
-    assert (bench.status("stop")["step"], bench.status("stop")["exit_code"]) == (6, 5)
+    fails(capfd, argv, "step 5: ", "not finite", f"{left} updated", "train.unsound=skip")
+    assert (bench.status(names[0])["step"], bench.status(names[0])["exit_code"]) == (6, 5)
     monkeypatch.undo()
     assert run(argv) == 0
-    skipped = bench.options("passed", **SHORT, train__unsound="skip", train__log_every=100)
+    skipped = bench.options(names[1], **options, train__unsound="skip")
     spoil(monkeypatch, 4)
     assert run(skipped) == 0
-    ends = [bench.metrics(run)[-1] for run in ("stop", "passed")]
+    ends = [bench.metrics(name)[-1] for name in names]
     assert ends[0]["train/skipped"] == ends[1]["train/skipped"] == 1
     for key in ("train/loss", "train/grad_norm", "tokens"):
         assert ends[0][key] == ends[1][key]
