@@ -210,6 +210,16 @@ def test_a_method_learns_the_rows_and_transformers_loads_what_it_learned(task, m
     assert float((logits.argmax(1) == labels).double().mean()) == run["last"]["accuracy"]
 
 
+@pytest.mark.parametrize("kind", SHAPES)
+def test_updates_layer_by_layer_are_the_same(task, kind):
+    for run, per_layer in ((f"{kind}_at_once", "false"), (f"{kind}_by_layer", "true")):
+        options = dict(optim__rule="galore", optim__per_layer=per_layer, train__epochs=1)
+        assert task.run(run, kind, **options) == 0
+    losses = task.losses(f"{kind}_by_layer")
+    assert losses == pytest.approx(task.losses(f"{kind}_at_once"), rel=1e-6)
+    assert losses[13] < losses[1]
+
+
 def test_mnli_is_measured_on_matched_and_mismatched_rows_of_any_format(task):
     folder, out = task.folder / "mnli", task.folder / "mnli_exported"
     splits = {"validation_matched.parquet": ("", 1), "validation_mismatched.jsonl": ("mismatched_", 2)}
