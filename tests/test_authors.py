@@ -14,7 +14,7 @@ import yaml
 from tiny import launch
 
 from lrpretrain import pretrain
-from lrpretrain.authors import flags
+from lrpretrain.authors import pretraining
 from lrpretrain.config import parse
 from lrpretrain.engine import build_engine
 from lrpretrain.errors import ConfigError
@@ -40,7 +40,7 @@ SMALL = ["--model_config", "llama_toy", "--batch_size", "4"]
 
 def read(project, *argv):
     """Return the configuration of a command line that is sound."""
-    config, problems = flags.read(project, [str(a) for a in argv])
+    config, problems = pretraining.read(project, [str(a) for a in argv])
     assert problems == []
     return config
 
@@ -48,7 +48,7 @@ def read(project, *argv):
 def run(line):
     """Run a line, a project and its flags, in this process or in one of several; return the exit code."""
     try:
-        return flags.main(line[0], line[1:])
+        return pretraining.main(line[0], line[1:])
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -73,12 +73,14 @@ LORO = """loro_type=loro loro_freq=1 loro_refresh=None loro_refresh_freq=0 loro_
     cosine_restart_freq=None cosine_restart_warmup=5 lr_jag_after_warmup lr_adjust_steps=0 save_ckpt"""
 
 
-@pytest.mark.parametrize("project", flags.FLAGS)
+@pytest.mark.parametrize("project", pretraining.FLAGS)
 def test_flags_and_defaults_are_the_authors(project):
     def shown(flag):
-        return "" if flag.kind is None else "=*" if flag.default is flags.REQUIRED else f"={flag.default}"
+        return (
+            "" if flag.kind is None else "=*" if flag.default is pretraining.REQUIRED else f"={flag.default}"
+        )
 
-    ours = {f"{name}{shown(flag)}" for name, flag in flags.FLAGS[project].items()}
+    ours = {f"{name}{shown(flag)}" for name, flag in pretraining.FLAGS[project].items()}
     assert ours == {*COMMON.split(), *(LORO.split() if project == "loro" else ()), "to_config=None"}
 
 
@@ -288,25 +290,25 @@ def test_required_flags_are_asked_for_all_at_once(capsys):
 
 
 def test_a_single_gpu_is_one_process(in_eight):
-    _, (problem,) = flags.read("galore", [*SMALL, "--single_gpu"])
+    _, (problem,) = pretraining.read("galore", [*SMALL, "--single_gpu"])
     assert (problem.field, problem.reason) == ("--single_gpu", "8 processes were started")
     with pytest.raises(ConfigError, match="single_gpu"):
-        flags.read("galore", [*SMALL, "--single_gpu", "--to_config", "x"])
+        pretraining.read("galore", [*SMALL, "--single_gpu", "--to_config", "x"])
 
 
-@pytest.mark.parametrize("project", flags.FLAGS)
+@pytest.mark.parametrize("project", pretraining.FLAGS)
 def test_every_project_has_an_entry_that_exits_with_the_code(monkeypatch, capsys, project):
     codes = []
     monkeypatch.setattr(pretrain, "leave", lambda main: codes.append(main()))
     monkeypatch.setattr(sys, "argv", ["entry", *SMALL, "--optimizer", "none"])
     runpy.run_module(f"lrpretrain.authors.{project}", run_name="__main__")
     assert codes == [2]
-    assert f"Use one of {', '.join(flags.OPTIMIZERS[project])}." in capsys.readouterr().err
+    assert f"Use one of {', '.join(pretraining.OPTIMIZERS[project])}." in capsys.readouterr().err
 
 
 def test_help_lists_flags_with_what_they_become(capsys):
     with pytest.raises(SystemExit) as stop:
-        flags.main("loro", ["--help"])
+        pretraining.main("loro", ["--help"])
     words = " ".join(capsys.readouterr().out.split())
     assert stop.value.code == 0
     assert (
@@ -357,7 +359,7 @@ def test_every_optimizer_name_trains(bench, project, name):
 
 def test_every_name_is_tried():
     tried = {name.removesuffix("_per_layer") for _, name in NAMES}
-    assert tried == {name for known in flags.OPTIMIZERS.values() for name in known}
+    assert tried == {name for known in pretraining.OPTIMIZERS.values() for name in known}
 
 
 def test_the_authors_recorded_run_has_their_perplexities(tmp_path):

@@ -16,7 +16,7 @@ from tiny import ROOT
 from transformers import RobertaConfig
 
 from lrpretrain import __version__, cli, config, finetune
-from lrpretrain.authors import flags, glue
+from lrpretrain.authors import glue, pretraining
 from lrpretrain.compare import BASE, Comparison
 from lrpretrain.finetune import _export_of
 from lrpretrain.model import classifier
@@ -38,7 +38,7 @@ def train(line, procs):
     (start,) = (i for i, word in enumerate(words) if re.match(r"lrpretrain\.(pretrain$|authors\.)", word))
     parse = config.parse
     if "authors" in words[start]:
-        parse = functools.partial(flags.read, words[start].removeprefix("lrpretrain.authors."))
+        parse = functools.partial(pretraining.read, words[start].removeprefix("lrpretrain.authors."))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("WORLD_SIZE", str(procs))
         read, problems = parse(words[start + 1 :])

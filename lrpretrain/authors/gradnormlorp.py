@@ -2,7 +2,7 @@
 
 from functools import partial
 
-from lrpretrain.authors.flags import main
+from lrpretrain.authors.pretraining import main
 from lrpretrain.pretrain import leave
 
 if __name__ == "__main__":
