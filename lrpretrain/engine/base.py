@@ -211,7 +211,9 @@ class Engine:
         return norm
 
     def close(self) -> None:
-        """Give back what the engine holds beyond its memory."""
+        """Give back what the engine holds beyond its memory, and what keeps that from being freed."""
+        if self.layers is not None:
+            self.layers.close()
 
     def optimizer_bytes(self) -> int:
         """Return the bytes of optimizer state on this process."""

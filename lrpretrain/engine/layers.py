@@ -13,6 +13,10 @@ What is known of a whole step only when its backward is over cannot decide about
     soundness   the loss decides about the step, before its last backward; the gradient of a unit, if it is
                 not finite, about that unit, when others may have been updated
 
+Units are updated one after the other, each with the waits and exchanges of an update of its own: at owners a
+refresh decomposes no more matrices at a time than a block has. The time of updates, measured in the backward,
+contains waits for what that sends.
+
 Differs from the authors' code in: one step, and one turn of the schedule, for all micro-batches together;
 clipping, which theirs leaves out; FSDP2; checkpoints.
 """
@@ -59,9 +63,16 @@ class Layers:
         for h in holdings:
             if h.param.requires_grad:
                 self._units.setdefault(unit_of(h.name), []).append(h.param)
-        for unit, params in self._units.items():
-            for param in params:
-                param.register_post_accumulate_grad_hook(partial(self._arrived, unit))
+        self._hooks = [
+            param.register_post_accumulate_grad_hook(partial(self._arrived, unit))
+            for unit, params in self._units.items()
+            for param in params
+        ]
+
+    def close(self) -> None:
+        """Let the parameters go: torch keeps what their hooks refer to, where Python finds no circle."""
+        for hook in self._hooks:
+            hook.remove()
 
     def begin(self, loss: Tensor, fine: Tensor, clip_norm: float | None, watch: Stopwatch) -> None:
         """Update what becomes complete from here on, if the loss is `fine`, a bool (); time it."""

@@ -223,7 +223,7 @@ class Trainer:
         norm = f" or its gradient, of norm {step.grad_norm:.4g}, is not finite" if broken else " is a spike"
         said = f"step {number}: the loss {step.loss:.4g}{norm}"
         partly = self.engine.layers is not None and math.isfinite(step.loss) and broken
-        left = "its blocks with such a gradient were not updated" if partly else "nothing was updated"
+        left = "no block with such a gradient was updated" if partly else "nothing was updated"
         if train.unsound == "skip" and progress.skipped_in_a_row <= train.max_skipped:
             if self.procs.is_first:
                 say(f"{said}; skipped, {left} ({progress.skipped} so far)")

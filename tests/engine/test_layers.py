@@ -1,7 +1,9 @@
 """Updates layer by layer: what they leave is what an update at once leaves, and gradients go on the way."""
 
+import gc
 import json
 import math
+import weakref
 
 import pytest
 import torch
@@ -151,6 +153,16 @@ def break_first_block(folder, procs, kind):
 
 def test_a_gradient_that_is_not_finite_leaves_out_its_block(tmp_path):
     break_first_block(tmp_path, Procs(), "local")
+
+
+def test_an_engine_that_is_closed_is_freed(tmp_path):
+    engine = build(tmp_path, Procs(), per_layer=True)
+    step(engine, 0)
+    optimizer = weakref.ref(engine.optimizer)
+    engine.close()
+    del engine
+    gc.collect()
+    assert optimizer() is None
 
 
 SHARDED = [

@@ -37,7 +37,7 @@ def spoil(monkeypatch, *calls):
 
 
 @pytest.mark.parametrize(
-    ("per_layer", "left"), [("false", "nothing was"), ("true", "its blocks with such a gradient were not")]
+    ("per_layer", "left"), [("false", "nothing was"), ("true", "no block with such a gradient was")]
 )
 def test_an_unsound_step_stops_with_a_checkpoint_behind_it(per_layer, left, bench, capfd, monkeypatch):
     """It is seen in the step after it, which is done; the next start goes on with the batch that follows."""
