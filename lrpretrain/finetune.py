@@ -8,18 +8,20 @@ as a model that plain transformers loads, with adapters merged. Exit codes: see 
 from __future__ import annotations
 
 import functools
+import gc
 import json
 import math
 import statistics
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
+import yaml
 
 from lrpretrain.artifacts import checkpoint
 from lrpretrain.artifacts.export import draft, refuse_taken
@@ -68,7 +70,7 @@ def _export_of(argv: Sequence[str]) -> tuple[Path | None, list[str]]:
         name, equals, value = argument.partition("=")
         if name == "--export":
             value = value if equals else "".join(rest[i + 1 : i + 2])
-            if not value:
+            if not value or (value.startswith("--") and not equals):
                 raise ConfigError(["--export: has no value. Write --export DIR."])
             out, rest = Path(value), rest[:i] + rest[i + (1 if equals else 2) :]
             refuse_taken(out)
@@ -105,7 +107,38 @@ def check(config: FinetuneConfig, n_procs: int) -> tuple[FinetuneConfig, list[Pr
     optim = config.optim
     if config.model.adapter != "none":  # whose rank must fit as that of GradNormLoRP's adapters
         optim = replace(optim, rule="gradnormlorp", mode="dora", rank=1, attn_rank=None, mlp_rank=None)
-    return config, found + groups.problems(shapes(model), optim)
+    return config, found + groups.problems(shapes(model), optim) + _others(config)
+
+
+# Fields in which the runs of a folder may differ, besides those of `engine` and `run`.
+FREE = {f"train.{n}" for n in ("epochs", "steps", "seed", "runs", "micro_batch", "log_every", "save_every")}
+
+
+def _others(config: FinetuneConfig) -> list[Problem | str]:
+    """Return what is otherwise in the runs that lie in run.dir, which would be reported as these."""
+    folder = Path(config.run.dir)
+    if config.run.resume == "never":
+        seeds = range(config.train.seed, config.train.seed + config.train.runs)
+        held = [f"seed_{seed}" for seed in seeds if (folder / f"seed_{seed}/metrics.jsonl").exists()]
+        reason = f"holds {', '.join(held)}, which would be overwritten"
+        remedy = "Name another folder, or use run.resume=auto"
+        return [Problem("run.dir", config.run.dir, reason, remedy)] if held else []
+    try:
+        there = _flat(yaml.safe_load((folder / "config.yaml").read_text()))
+    except FileNotFoundError:
+        return []
+    wanted = _flat(json.loads(json.dumps(asdict(config))))  # where tuples are lists
+    remedy = "Go on with that value, or name another folder as run.dir"
+    return [
+        Problem(key, wanted[key], f"the runs in {folder} have {there[key]!r}", remedy)
+        for key in wanted
+        if key in there and key not in FREE and key.split(".")[0] not in ("engine", "run")
+        if wanted[key] != there[key]
+    ]
+
+
+def _flat(tree: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    return {f"{section}.{name}": value for section, own in tree.items() for name, value in own.items()}
 
 
 def _own_problems(config: FinetuneConfig) -> list[Problem | str]:
@@ -118,6 +151,7 @@ def _own_problems(config: FinetuneConfig) -> list[Problem | str]:
             section, name = key.split(".")
             found.append(Problem(key, getattr(getattr(config, section), name), reason, remedy))
 
+    refuse(train.seed < 0, "train.seed", "must not be negative", "Raise it")
     for key in ("train.epochs", "train.runs", "data.seq_len"):
         section, name = key.split(".")
         refuse(getattr(getattr(config, section), name) < 1, key, "must be at least 1", "Raise it")
@@ -204,6 +238,7 @@ class _Finetuning:
             if procs.is_first:
                 say(f"seed {config.train.seed}: {config.run.dir}")
             self._run(config, device, procs, guard, progress)
+            gc.collect()  # the engine, which refers to itself, before there is the next one
             procs.barrier()
             if procs.is_first:
                 self._write_results(self.configs[:done])
@@ -231,11 +266,13 @@ class _Finetuning:
         """Do one of the runs, from its newest checkpoint if there is one."""
         run_dir, train = RunDir(config.run.dir, part_of=self.run_dir), config.train
         if procs.is_first:
-            run_dir.create(fresh=config.run.resume == "never")
+            run_dir.create(fresh=False)
         procs.barrier()
         start = find_intact(find_starts(config, run_dir), run_dir, procs)
         if start is not None and is_complete(start, config):
             progress.step = checkpoint.step_of(start)
+            if procs.is_first:
+                say(f"it is complete: {start}")
             return
         model, drawn = classifier.build(self.config, self.shape, train.seed, DTYPES[config.precision.params])
         engine = assemble(model, config, procs, device, lambda _: None, 0, pad_id=self.shape.pad_token_id)
@@ -344,12 +381,13 @@ def _objective(engine: Engine, micro: dict[str, torch.Tensor]) -> torch.Tensor:
 def results_of_run(run_dir: RunDir, seed: int, epoch: int, primary: str) -> dict[str, Any]:
     """Return what a run measured after each epoch, the best of them by `primary`, and the last."""
     entries = [json.loads(line) for line in run_dir.metrics.read_text().splitlines()]
-    epochs = [
-        {"epoch": entry["step"] / epoch, "step": entry["step"]}
+    by_step = {  # a resumed run may have logged a step again
+        entry["step"]: {"epoch": entry["step"] / epoch, "step": entry["step"]}
         | {k.removeprefix("valid/"): v for k, v in entry.items() if k.startswith("valid/")}
         for entry in entries
         if "valid/loss" in entry and entry["step"] > 0
-    ]
+    }
+    epochs = list(by_step.values())
     if not epochs:
         raise DataError(f"{run_dir.metrics} holds no evaluation: remove {run_dir.path} and run again.")
     best = max(epochs, key=lambda values: _or_worst(values[primary]))

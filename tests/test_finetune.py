@@ -4,6 +4,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -417,6 +418,9 @@ def test_what_cannot_work_is_refused_with_its_remedy(task, capsys):
     (folder / "taken").mkdir()
     (folder / "taken/file").write_text("")
     GPT2Config().save_pretrained(folder / "gpt2")
+    shutil.copytree(task.folder / "bert", folder / "wordless")
+    (folder / "wordless/tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    (folder / "wordless/special_tokens_map.json").unlink(missing_ok=True)
     train = folder / "train.jsonl"
 
     def validated(name):
@@ -459,6 +463,16 @@ def test_what_cannot_work_is_refused_with_its_remedy(task, capsys):
         (2, {"export": folder / "taken"}, "taken; Name another, or remove it"),
         (2, dict(data__lanes=3), "data.lanes; It is one of `python -m lrpretrain.pretrain`"),
         (2, {"export": ""}, "Write --export DIR"),
+        (
+            2,
+            dict(train__seed=-1, data__validation_path=train),
+            "train.seed=-1; data.validation_path; Leave it",
+        ),
+        (
+            2,
+            dict(model__init_from=folder / "wordless"),
+            "neither a pad nor an end token; Give it a pad_token",
+        ),
         (3, validated("unlabelled.jsonl"), "label of row 0 is -1; 0 to 1; use those of validation"),
         (3, validated("third.csv"), "third.csv; label of row 0 is 2; 0 to 1"),
         (3, validated("nameless.parquet"), "no field 'sentence'; rows of sst2 have sentence, label"),
@@ -470,6 +484,27 @@ def test_what_cannot_work_is_refused_with_its_remedy(task, capsys):
         said = capsys.readouterr().err
         assert [text for text in texts.split("; ") if text not in said] == [], (options, said)
         assert not (task.folder / f"wrong_{i}/results.json").exists()
+
+
+def test_runs_of_another_configuration_are_not_reported_as_these(task, capsys):
+    options = dict(train__epochs=1, train__seed=1, optim__lr=0.01)
+    assert task.run("kept", **options) == 0
+    results = task.results("kept")
+    assert task.run("kept", "roberta", **options | dict(optim__lr=0.02, optim__rule="loro")) == 2
+    said = capsys.readouterr().err
+    for text in ("4 problems", "model.init_from", "optim.rule", "optim.lr=0.02: the runs in", "have 0.01"):
+        assert text in said
+    assert task.run("kept", **options | dict(train__seed=0, train__runs=2, run__resume="never")) == 2
+    assert "holds seed_1, which would be overwritten" in capsys.readouterr().err
+    assert task.results("kept") == results and not (task.folder / "kept/seed_0").exists()
+    assert task.run("kept", **options | dict(train__seed=0, train__runs=2)) == 0  # that of seed 1 is there
+    assert "it is complete" in capsys.readouterr().out
+    assert task.results("kept")["runs"][1] == results["runs"][0]
+
+
+def test_an_option_is_no_folder_to_export_to(task, capsys):
+    assert task.run("no_folder", extra=["--export", "--train.runs=3"]) == 2
+    assert "Write --export DIR" in capsys.readouterr().err
 
 
 def test_rows_come_from_the_hub_where_no_path_is_given(task, monkeypatch):

@@ -6,6 +6,7 @@ Source: Wang et al., "GLUE", arXiv 1804.07461; fields and labels as in the data 
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,6 +121,11 @@ def problems(data: GlueConfig) -> list[Problem | str]:
                 reason = "is for rows of files, and data.path names none"
                 found.append(Problem(f"data.{key}", getattr(data, key), reason, "Give data.path"))
         return found
+    if Path(data.path).is_dir():
+        for key in ("validation_path", *(["mismatched_path"] if data.task == "mnli" else [])):
+            if getattr(data, key) is not None:
+                reason = "is for a file as data.path: of a folder the files validation* are read"
+                found.append(Problem(f"data.{key}", getattr(data, key), reason, "Leave it out"))
     for split in ("train", *validation_splits(data).values()):
         key, path = _file(data, split)
         if path is None:
@@ -226,7 +232,6 @@ class RowLoader:
     """
 
     dropped = 0
-    wait_ms = 0.0
 
     def __init__(
         self,
@@ -251,16 +256,19 @@ class RowLoader:
             "train.global_batch": global_batch,
         }
         self._given = 0
+        self.wait_ms = 0.0
         if state is not None:
             self._restore(state)
 
     def next(self, flag: Callable[[], int] = int) -> RowBatch:
         """Return the next batch; `flag` tells what asks this process to stop, or 0."""
+        began = time.perf_counter()
         epoch, at = divmod(self._given, self.epoch)
         order = np.random.default_rng([self._seed, epoch]).permutation(len(self._rows))
         which = order[at * self._global_batch : (at + 1) * self._global_batch].tolist()
         parts = self._encoder.micros(self._rows, which, self._micro_batch, self._procs)
         own = [(len(part), micro) for part, micro in parts]
+        self.wait_ms = (time.perf_counter() - began) * 1e3
         tokens = sum(int(micro["attention_mask"].sum()) for held, micro in own if held)
         self._given += 1
         return RowBatch(

@@ -52,6 +52,9 @@ def open_tokenizer(config: FinetuneConfig) -> Any:
     tokenizer = _load(AutoTokenizer.from_pretrained, config.model.init_from)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.pad_token is None:
+        reason, remedy = "its tokenizer has neither a pad nor an end token", "Give it a pad_token"
+        raise ConfigError([Problem("model.init_from", config.model.init_from, reason, remedy)])
     tokenizer.padding_side = "right"
     return tokenizer
 
@@ -94,10 +97,15 @@ def build(
     load, name = AutoModelForSequenceClassification.from_pretrained, str(config.model.init_from)
     with _quiet():
         model, told = _load(load, name, config=shape, ignore_mismatched_sizes=True, output_loading_info=True)
-    model.to(dtype)
+    for param in model.parameters():
+        param.data = param.data.to(dtype)  # not buffers: positions are not rounded
     model.config.use_cache = False
     drawn = {*told["missing_keys"], *(mismatch[0] for mismatch in told["mismatched_keys"])}
     base = f"{model.base_model_prefix}."
+    if lacking := sorted(name for name in drawn if name.startswith(base) and ".pooler." not in name):
+        reason = f"has no {lacking[0]} of that shape ({len(lacking)} such parameters)"
+        remedy = "Name a folder whose weights are those of its config.json"
+        raise ConfigError([Problem("model.init_from", name, reason, remedy)])
     head = {name for name, _ in model.named_parameters() if not name.startswith(base)}
     _adapt(model, config, set() if config.optim.compat else head | drawn)
     return model, drawn
@@ -152,7 +160,7 @@ def _adapt(model: PreTrainedModel, config: FinetuneConfig, trained: set[str]) ->
         inject_adapter_in_model(lora, model)
     else:
         return
-    for name in trained:
+    for name in trained - ranks.keys():
         model.get_parameter(name).requires_grad_(True)
 
 

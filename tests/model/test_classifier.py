@@ -10,7 +10,7 @@ from transformers import AutoModelForSequenceClassification, BertConfig, BertMod
 
 from lrpretrain.config import ClassifierConfig, FinetuneConfig, FinetuneOptimConfig
 from lrpretrain.data.glue import IGNORED
-from lrpretrain.errors import CheckpointError
+from lrpretrain.errors import CheckpointError, ConfigError
 from lrpretrain.model import classifier
 from lrpretrain.model.lowrank import SPECTRAL, LowRankAdapter
 
@@ -39,13 +39,13 @@ def pretrained(tmp_path_factory):
     return folder
 
 
-def build(folder, labels=2, adapter="none", dropout=None, **optim):
+def build(folder, labels=2, adapter="none", dropout=None, dtype=torch.float32, **optim):
     optim = FinetuneOptimConfig(rank=4, adapter_rank=4, **optim)
     config = FinetuneConfig(model=ClassifierConfig(str(folder), adapter, dropout), optim=optim)
     shape = classifier.shape_of(config, labels)
     shape.pad_token_id = 0
     config = replace(config, optim=classifier.targeted(classifier.outline(shape), optim))
-    return classifier.build(config, shape, 0, torch.float32)
+    return classifier.build(config, shape, 0, dtype)
 
 
 def trained(model):
@@ -87,6 +87,23 @@ def test_what_the_pretrained_model_lacks_is_drawn_by_the_seed_and_trained(pretra
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
     other, drawn = build(pretrained / "bert", labels=2, rule="loro")  # the head there has three labels
     assert drawn == head and not pooler & trained(other)
+
+
+def test_weights_of_another_model_are_refused(pretrained, tmp_path):
+    model, _ = build(pretrained / "bert")
+    other = {name.replace("query", "q"): weight for name, weight in model.state_dict().items()}
+    model.save_pretrained(tmp_path, state_dict=other)
+    with pytest.raises(
+        ConfigError, match=r"query.bias of that shape \(2 such.*weights are those of its config"
+    ):
+        build(tmp_path)
+
+
+def test_positions_are_not_rounded_with_the_weights(pretrained):
+    plain, _ = build(pretrained / "llama")
+    model, _ = build(pretrained / "llama", dtype=torch.bfloat16)
+    assert {param.dtype for param in model.parameters()} == {torch.bfloat16}
+    assert torch.equal(model.model.rotary_emb.inv_freq, plain.model.rotary_emb.inv_freq)
 
 
 def test_compat_is_what_the_authors_script_does(pretrained):
