@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import json
 import logging
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -530,6 +531,12 @@ def to_yaml(config: Config | FinetuneConfig) -> str:
     values = {s.name: dict(vars(getattr(config, s.name))) for s in fields(config)}
     text: str = parser.dump(parser.parse_object(values), skip_unset=False, with_comments=True)
     return text
+
+
+def flat(config: Config | FinetuneConfig) -> dict[str, Any]:
+    """Return the fields by section.name, of plain values as in a file: lists for tuples."""
+    sections: dict[str, dict[str, Any]] = json.loads(json.dumps(asdict(config)))
+    return {f"{section}.{name}": value for section, own in sections.items() for name, value in own.items()}
 
 
 def _keys(kind: type[Config] | type[FinetuneConfig]) -> set[str]:

@@ -14,7 +14,7 @@ import math
 import statistics
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
@@ -27,7 +27,7 @@ from lrpretrain.artifacts import checkpoint
 from lrpretrain.artifacts.export import draft, refuse_taken
 from lrpretrain.artifacts.metrics import Metrics, say
 from lrpretrain.artifacts.rundir import RunDir, write_atomically
-from lrpretrain.config import Config, FinetuneConfig, parse
+from lrpretrain.config import Config, FinetuneConfig, flat, from_dict, parse
 from lrpretrain.data import glue
 from lrpretrain.data.glue import TASKS, Encoder, RowLoader, Rows, steps_of_epoch
 from lrpretrain.engine import DTYPES, Engine, assemble
@@ -124,21 +124,16 @@ def _others(config: FinetuneConfig) -> list[Problem | str]:
         remedy = "Name another folder, or use run.resume=auto"
         return [Problem("run.dir", config.run.dir, reason, remedy)] if held else []
     try:
-        there = _flat(yaml.safe_load((folder / "config.yaml").read_text()))
+        written = yaml.safe_load((folder / "config.yaml").read_text())
     except FileNotFoundError:
         return []
-    wanted = _flat(json.loads(json.dumps(asdict(config))))  # where tuples are lists
+    wanted, there = flat(config), flat(from_dict(written, kind=FinetuneConfig))
     remedy = "Go on with that value, or name another folder as run.dir"
     return [
         Problem(key, wanted[key], f"the runs in {folder} have {there[key]!r}", remedy)
         for key in wanted
-        if key in there and key not in FREE and key.split(".")[0] not in ("engine", "run")
-        if wanted[key] != there[key]
+        if key not in FREE and key.split(".")[0] not in ("engine", "run") and wanted[key] != there[key]
     ]
-
-
-def _flat(tree: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    return {f"{section}.{name}": value for section, own in tree.items() for name, value in own.items()}
 
 
 def _own_problems(config: FinetuneConfig) -> list[Problem | str]:

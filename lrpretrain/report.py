@@ -12,7 +12,7 @@ import math
 import os
 import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +20,7 @@ import yaml
 
 from lrpretrain.artifacts.metrics import perplexity
 from lrpretrain.artifacts.rundir import RunDir, write_atomically
-from lrpretrain.config import Config, from_dict
+from lrpretrain.config import Config, flat, from_dict
 from lrpretrain.errors import ConfigError, DataError, UnsoundError
 from lrpretrain.model import llama
 from lrpretrain.train import memory
@@ -137,8 +137,7 @@ def read(path: Path) -> Run:
 def settings(config: Config) -> dict[str, Any]:
     """Return all fields but those that runs of a rule may differ in: rule, learning rate, seed, folder."""
     apart = ("optim.rule", "optim.lr", "train.seed", "run.dir", "run.resume")
-    flat = {f"{s}.{name}": value for s, values in asdict(config).items() for name, value in values.items()}
-    return {key: value for key, value in flat.items() if key not in apart}
+    return {key: value for key, value in flat(config).items() if key not in apart}
 
 
 def by_name(runs: Iterable[Run]) -> dict[str, list[Run]]:

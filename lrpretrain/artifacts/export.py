@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError
-from torch import nn
 from transformers import (
     AutoTokenizer,
     GenerationConfig,
@@ -25,15 +24,12 @@ from transformers import (
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from lrpretrain.data.tokenizer import Tokenizer
-from lrpretrain.errors import CheckpointError, ConfigError, DataError
-from lrpretrain.model.dora import DoRALinear
+from lrpretrain.errors import ConfigError, DataError
+from lrpretrain.model.dense import check_merged, make_dense
 from lrpretrain.model.llama import Llama
 from lrpretrain.model.lowrank import LowRankLinear
 
 ROWS, ROW_TOKENS = 3, 32
-ROUNDING = 1e-4
-"""What merging may change of the logits, relative to their norm: float32 sums in another order (1e-6 for the
-LORO layers of llama_350m at their start)."""
 TEXTS = (
     "",
     " ",
@@ -106,31 +102,19 @@ def refuse_taken(out: Path) -> None:
 def merge(model: Llama, shape: LlamaConfig) -> LlamaForCausalLM:
     """Return the dense model of transformers that computes the same; the one that is given is taken apart.
 
-    Only one layer exists twice at a time. Raises CheckpointError where the logits of some rows differ by more
-    than rounding, or are not finite.
+    Raises CheckpointError where the logits of some rows differ by more than rounding, or are not finite.
     """
     generator = torch.Generator().manual_seed(0)
     length = min(ROW_TOKENS, shape.max_position_embeddings)
     rows = torch.randint(shape.vocab_size, (ROWS, length), generator=generator)
     expected = model.eval()(rows).logits
-    for name, module in list(model.named_modules()):
-        if isinstance(module, LowRankLinear | DoRALinear):
-            linear = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
-            linear.weight = nn.Parameter(module.double().dense().float())
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, linear)
+    make_dense(model)
     with torch.device("meta"):
         dense = LlamaForCausalLM._from_config(shape, attn_implementation="sdpa")
     dense.load_state_dict(model.state_dict(), assign=True)
     dense.model.rotary_emb = LlamaRotaryEmbedding(shape)
     found = dense.eval()(rows).logits
-    difference = float((found - expected).norm() / expected.norm())
-    if not difference <= ROUNDING:
-        raise CheckpointError(
-            f"the logits of the merged model differ from the checkpoint's by {difference:.1e} of their norm, "
-            f"which is more than rounding ({ROUNDING:.0e}): its numbers are not finite, or too far apart for "
-            "float32. Use an earlier checkpoint, or --form factored."
-        )
+    check_merged(found, expected, "Use an earlier checkpoint, or --form factored")
     return dense
 
 

@@ -7,17 +7,16 @@ configuration is only written.
 from __future__ import annotations
 
 import difflib
-import json
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar, Generic, NamedTuple
 
 import yaml
 
 from lrpretrain.artifacts.metrics import say
-from lrpretrain.config import C, from_dict, parse, to_yaml
+from lrpretrain.config import C, flat, from_dict, parse, to_yaml
 from lrpretrain.engine.device import env_procs
 from lrpretrain.errors import ConfigError, Problem
 
@@ -38,7 +37,7 @@ REQUIRED = object()
 TO_CONFIG = Flag(str)  # of ours, in every script
 
 
-class Translation(Generic[C]):
+class Translation(ABC, Generic[C]):
     """What a command line for a script of a project becomes: settings by field, notes on what differs.
 
     Raises ConfigError for a line that cannot be read; what is wrong otherwise is in `problems`.
@@ -73,9 +72,9 @@ class Translation(Generic[C]):
             if given:
                 self.notes.append(f"{', '.join(f'--{name}' for name in given)}: {reason}")
 
+    @abstractmethod
     def translate(self) -> None:
         """Set what no flag becomes by itself."""
-        raise NotImplementedError
 
     def given(self, flag: str) -> bool:
         """Return whether a flag of the script has another value than its default."""
@@ -177,13 +176,13 @@ def _value(name: str, kind: Any, text: str, problems: list[Problem | str]) -> An
 
 def _changed(config: C) -> dict[str, dict[str, Any]]:
     """Return the fields that differ from their defaults, by section."""
-    # As JSON, where tuples are lists.
-    ours, defaults = (json.loads(json.dumps(asdict(c))) for c in (config, type(config)()))
-    changed = {
-        section: {name: value for name, value in fields.items() if value != defaults[section][name]}
-        for section, fields in ours.items()
-    }
-    return {section: fields for section, fields in changed.items() if fields}
+    changed: dict[str, dict[str, Any]] = {}
+    defaults = flat(type(config)())
+    for key, value in flat(config).items():
+        if value != defaults[key]:
+            section, name = key.split(".")
+            changed.setdefault(section, {})[name] = value
+    return changed
 
 
 def _write(path: str, config: C) -> None:

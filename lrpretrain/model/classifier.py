@@ -18,16 +18,15 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 from transformers.utils import logging
 
 from lrpretrain.config import FinetuneConfig, FinetuneOptimConfig
-from lrpretrain.errors import CheckpointError, ConfigError, Problem
+from lrpretrain.errors import ConfigError, Problem
 from lrpretrain.model import blocks
-from lrpretrain.model.dora import DoRALinear, adapt
+from lrpretrain.model.dense import check_merged, make_dense
+from lrpretrain.model.dora import adapt
 from lrpretrain.model.lowrank import LowRankAdapter
 from lrpretrain.optim.groups import matched
 
 KINDS = ("bert", "roberta", "llama")
 DROPOUTS = {"hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout", "attention_dropout"}
-ROUNDING = 1e-4
-"""What merging adapters may change of the logits, relative to their norm."""
 
 
 def shape_of(config: FinetuneConfig, labels: int) -> Any:
@@ -198,27 +197,7 @@ def merge(model: PreTrainedModel) -> PreTrainedModel:
         model.config.vocab_size, (3, 16), generator=torch.Generator().manual_seed(0)
     ).clamp_min(4)  # the first ones are special
     expected = model.eval()(input_ids=ids).logits
-    for name, module in list(model.named_modules()):
-        if isinstance(module, LowRankAdapter | DoRALinear):
-            _replace(model, name, _dense)
-        elif hasattr(module, "base_layer"):
-            module.merge(safe_merge=True)  # type: ignore[operator]
-            _replace(model, name, lambda lora: lora.get_base_layer())
-    found = model(input_ids=ids).logits
-    difference = float((found - expected).norm() / expected.norm())
-    if not difference <= ROUNDING:
-        raise CheckpointError(
-            f"the logits of the merged model differ by {difference:.1e} of their norm from those of the "
-            f"checkpoint, which is more than rounding ({ROUNDING:.0e}): its numbers are not finite, or too "
-            "far apart for float32."
-        )
+    make_dense(model)
+    check_merged(model(input_ids=ids).logits, expected, "Train with a lower optim.lr, or export another run")
     nn.Module.to(model, dtype)
     return model.requires_grad_(True)
-
-
-def _dense(layer: LowRankAdapter | DoRALinear) -> nn.Linear:
-    weight, bias = layer.dense(), layer.bias
-    linear = nn.Linear(layer.in_features, layer.out_features, bias=bias is not None, device="meta")
-    linear.weight = nn.Parameter(weight)
-    linear.bias = bias if bias is None else nn.Parameter(bias)
-    return linear
